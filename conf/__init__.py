@@ -1,0 +1,1 @@
+"""Hydra configurations of lightning_prune; installed as `lightning_prune.conf`."""

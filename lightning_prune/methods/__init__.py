@@ -1,0 +1,1 @@
+"""One file per published method: pure functions first, the callback second."""
