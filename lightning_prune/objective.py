@@ -1,0 +1,238 @@
+"""A module's loss as a pure function of its parameters, gradients of it, and batches to evaluate it on.
+
+Methods never touch the live module: the loss is evaluated by `torch.func.functional_call` on detached clones of parameters
+and buffers, inside the sandbox of `sandbox.py`; `torch.autograd.grad` is used throughout, never `backward`, so `.grad` and
+the hooks of distributed wrappers stay out of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
+
+from lightning_prune.masks import full
+from lightning_prune.sandbox import isolated_rng, untouched
+from lightning_prune.targets import named_tensors
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Batches = Callable[[int | None], Iterable[Any]]
+
+
+class _Step(nn.Module):
+    """Wraps a module so that `functional_call` reaches its loss instead of its `forward`."""
+
+    def __init__(self, module: nn.Module, loss_fn: LossFunction | None) -> None:
+        super().__init__()
+        self.module = module
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.loss_fn is not None:
+            return _as_loss(self.loss_fn(self.module, batch), "loss_fn")
+        step = self.module.training_step
+        takes_index = len(inspect.signature(step).parameters) > 1
+        return _as_loss(step(batch, batch_idx) if takes_index else step(batch), "training_step")
+
+
+@dataclass
+class Objective:
+    """The loss of a module on calibration batches.
+
+    Attributes:
+        module: the live module; it is never changed.
+        batches: returns at most so many batches (None: all of one pass), on the module's device.
+        loss_fn: `loss_fn(module, batch) -> scalar`; None takes the module's own `training_step`.
+        trainer: the Trainer whose loggers are muted and whose ranks share the work; None without one.
+        reduce: averages a tensor over all ranks in place; identity on one process.
+        copies: score on a deep copy instead of the live module.
+        advance: called once per batch, for progress bars.
+    """
+
+    module: nn.Module
+    batches: Batches
+    loss_fn: LossFunction | None = None
+    trainer: Any = None
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    copies: bool = False
+    advance: Callable[[], None] = lambda: None
+    _step: nn.Module | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_loss(self.module, self.loss_fn)
+
+    @contextmanager
+    def open(self) -> Iterator[nn.Module]:
+        """Yield the wrapped step inside the sandbox; compiled code runs eagerly, on the module or on a copy of it."""
+        module = copy.deepcopy(self.module) if self.copies else self.module
+        with untouched(module, self.trainer), torch.compiler.set_stance("force_eager"):
+            yield _Step(module, self.loss_fn)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Detached float clones of all parameters by canonical name (a tied tensor once), requiring gradients."""
+        return {name: _differentiable(full(p.detach())) for name, p in named_tensors(self.module).items()}
+
+    def gradients(self, names: Sequence[str], count: int | None = None) -> dict[str, Tensor]:
+        """Return the gradient of the mean batch loss for the named parameters.
+
+        Args:
+            names: canonical parameter names.
+            count: number of batches; None takes one pass.
+        Returns:
+            gradients by name, each of its parameter's shape, averaged over batches and ranks.
+        Raises:
+            ValueError: there is no batch, or a loss or gradient is not finite (the batch is named).
+        """
+        total: dict[str, Tensor] = {}
+        seen = 0
+        with self.open() as step:
+            parameters = self.parameters()
+            wanted = [parameters[name] for name in names]
+            for index, batch in enumerate(self.batches(count)):
+                loss = evaluate(step, parameters, buffers_of(self.module), batch, index)
+                grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+                for name, grad in zip(names, grads, strict=True):
+                    grad = torch.zeros_like(parameters[name]) if grad is None else grad
+                    if not bool(torch.isfinite(grad).all()):
+                        raise ValueError(f"the gradient of {name!r} on calibration batch {index} is not finite. Check loss and data.")
+                    total[name] = total[name].add_(grad) if name in total else grad.clone()
+                seen += 1
+                self.advance()
+        if not seen:
+            raise ValueError("there is no calibration batch. Give a dataloader with at least one batch.")
+        return {name: self.reduce(value / seen) for name, value in total.items()}
+
+
+def evaluate(
+    step: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, index: int = 0
+) -> Tensor:
+    """Return the loss as a function of `parameters` and `buffers` (prefixed by the wrapper's child name)."""
+    named = {f"module.{name}": value for name, value in {**parameters, **buffers}.items()}
+    loss = torch.func.functional_call(step, named, (batch, index), tie_weights=True)
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the loss of calibration batch {index} is not finite, got {float(loss)}. Check loss and data.")
+    return loss
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return clones of all buffers, so that BatchNorm statistics written during scoring are thrown away."""
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+
+def check_loss(module: nn.Module, loss_fn: LossFunction | None) -> None:
+    """Raise ValueError if no scalar loss of `module` can be had without the user's help."""
+    advice = "Give `loss_fn(module, batch) -> scalar tensor`."
+    if loss_fn is not None:
+        if not callable(loss_fn):
+            raise ValueError(f"`loss_fn` must be callable, got {loss_fn!r}. {advice}")
+        return
+    step = getattr(module, "training_step", None)
+    if step is None:
+        raise ValueError(f"{type(module).__name__} has no `training_step` to take a loss from. {advice}")
+    if getattr(module, "automatic_optimization", True) is False:
+        raise ValueError(f"the `training_step` of {type(module).__name__} optimizes by itself (manual optimization). {advice}")
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        raise ValueError(f"a `training_step` that takes `dataloader_iter` cannot be given single batches. {advice}")
+
+
+def calibration_loader(loader: DataLoader, seed: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Return a DataLoader over the same data with an order and a generator of its own; reading it leaves `loader` alone.
+
+    Args:
+        loader: a map-style DataLoader.
+        seed: of the permutation, >= 0; equal on all ranks, which read disjoint shares.
+        rank, world_size: this process among all.
+    Raises:
+        ValueError: `loader` is no map-style DataLoader.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"calibration needs a map-style DataLoader, got {type(loader).__name__}"
+            f"{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}. Give `calibration_dataloader`."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    common: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": 0, "generator": generator}
+    sampler: Sampler = RandomSampler(loader.dataset, generator=generator)  # type: ignore[arg-type]
+    if world_size > 1:
+        sampler = DistributedSampler(loader.dataset, world_size, rank, shuffle=True, seed=seed)
+    if loader.batch_size is not None:
+        return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler, drop_last=loader.drop_last, **common)
+    size = getattr(loader.batch_sampler, "batch_size", None)
+    if size is None:
+        return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **common)
+    return DataLoader(loader.dataset, batch_sampler=BatchSampler(sampler, size, drop_last=False), **common)
+
+
+def read_batches(loaders: Any, count: int | None) -> Iterator[Any]:
+    """Yield at most `count` batches of a tree (loader, list or dict of loaders) of calibration loaders.
+
+    Random states are restored after every batch is drawn, so that augmentation in the data set leaves the run alone.
+    """
+    leaves = _leaves(loaders)
+    iterators = [iter(leaf) for leaf in leaves]
+    drawn = 0
+    while count is None or drawn < count:
+        with isolated_rng():
+            try:
+                items = [next(iterator) for iterator in iterators]
+            except StopIteration:
+                return
+        yield _like_tree(loaders, iter(items))
+        drawn += 1
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with every tensor in its tuples, lists and dicts on `device`."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _as_loss(output: Any, origin: str) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
+        raise ValueError(f"`{origin}` must return a scalar loss tensor, got {shape}. Give `loss_fn(module, batch) -> scalar tensor`.")
+    return loss.reshape(())
+
+
+def _differentiable(parameter: Tensor) -> Tensor:
+    return parameter.clone().requires_grad_(parameter.is_floating_point())
+
+
+def _leaves(tree: Any) -> list[Iterable[Any]]:
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for value in tree for leaf in _leaves(value)]
+    return [tree]
+
+
+def _like_tree(tree: Any, items: Iterator[Any]) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _like_tree(value, items) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_like_tree(value, items) for value in tree)
+    return next(items)
+
+
+def map_loaders(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """Return the tree with `function` applied to every loader in it."""
+    if isinstance(tree, Mapping):
+        return {key: map_loaders(value, function) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)) and not isinstance(tree, Dataset):
+        return type(tree)(map_loaders(value, function) for value in tree)
+    return function(tree)

@@ -1,0 +1,125 @@
+"""Run a LightningModule's own step from a callback and leave no trace of it.
+
+A step logs, updates metrics, draws random numbers and (BatchNorm) writes buffers. Inside `untouched` all of it is undone
+or muted. Not undone are Python side effects of the user's step (a list it appends to); score on a copy then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+
+@contextmanager
+def untouched(module: nn.Module, trainer: Any = None) -> Iterator[None]:
+    """Restore RNG states, training flags, metrics, gradients' mode and logging of `module` when the block ends.
+
+    Args:
+        module: the module whose step is run inside the block; a LightningModule's `log` is muted.
+        trainer: its Trainer, whose loggers are muted; None without a Trainer.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(isolated_rng())
+        stack.enter_context(_training_flags(module))
+        stack.enter_context(_metric_states(module))
+        stack.enter_context(_muted_logging(module, trainer))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restore the states of Python's, NumPy's and torch's (CPU and CUDA) generators, also when the block raises."""
+    states = rng_states()
+    try:
+        yield
+    finally:
+        set_rng_states(states)
+
+
+def rng_states() -> dict[str, Any]:
+    """Return all global RNG states as plain types and tensors (a checkpoint loads them with weights_only=True)."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Put the states of `rng_states` back."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+@contextmanager
+def _training_flags(module: nn.Module) -> Iterator[None]:
+    flags = [(child, child.training) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, flag in flags:
+            child.training = flag  # not train(flag): it would recurse over children set otherwise
+
+
+@contextmanager
+def _metric_states(module: nn.Module) -> Iterator[None]:
+    """torchmetrics objects keep running sums as attributes; copy them and put the copies back."""
+    saved = []
+    for metric in (child for child in module.modules() if isinstance(child, Metric)):
+        names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
+        saved.append((metric, {name: _copied(metric.__dict__.get(name)) for name in names}))
+    try:
+        yield
+    finally:
+        for metric, values in saved:
+            metric.__dict__.update(values)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _muted_logging(module: nn.Module, trainer: Any) -> Iterator[None]:
+    muted = [name for name in ("log", "log_dict") if hasattr(module, name)]
+    shadowed = {name: module.__dict__[name] for name in muted if name in module.__dict__}
+    loggers = list(trainer.loggers) if trainer is not None else []
+    for name in muted:
+        module.__dict__[name] = _ignore
+    if loggers:
+        trainer.loggers = _dummy_loggers(len(loggers))
+    try:
+        yield
+    finally:
+        for name in muted:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(shadowed)
+        if loggers:
+            trainer.loggers = loggers
+
+
+def _dummy_loggers(count: int) -> list[Any]:
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    return [DummyLogger() for _ in range(count)]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `self.log` while a method scores."""
