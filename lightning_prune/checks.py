@@ -15,7 +15,11 @@ def is_number(value: Any) -> bool:
 def check_fraction(name: str, value: Any) -> float:
     """Return `value` as float if it lies in [0, 1), else raise ValueError."""
     if not is_number(value) or not 0 <= value < 1:
-        remedy = " Give a fraction, not a percentage." if is_number(value) and 1 < value <= 100 else " Give a number such as 0.9."
+        remedy = (
+            " Give a fraction, not a percentage."
+            if is_number(value) and 1 < value <= 100
+            else " Give a number such as 0.9."
+        )
         raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.{remedy}")
     return float(value)
 

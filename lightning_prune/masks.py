@@ -103,12 +103,16 @@ class MaskManager:
         values = self._checked(weights or {}, parameters, "weights")
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
-                raise ValueError(f"mask {name!r} must be bool (True = kept), got {mask.dtype}. Compare or cast it first.")
+                raise ValueError(
+                    f"mask {name!r} must be bool (True = kept), got {mask.dtype}. Compare or cast it first."
+                )
             check_finite(name, values.get(name, parameters[name].detach()))
         merged = {}
         for name, mask in masks.items():
             mask = mask.detach().to(local(parameters[name]).device).clone()
-            merged[name] = mask if regrow or name not in self._masks else mask & self._masks[name].to(mask.device)
+            merged[name] = (
+                mask if regrow or name not in self._masks else mask & self._masks[name].to(mask.device)
+            )
         self._masks.update(merged)
         self._build_runtime(parameters)
         self._write(parameters, {name: value for name, value in values.items() if name in merged})
@@ -192,14 +196,18 @@ class MaskManager:
             project(optimizer)
         self.apply(optimizer)
 
-    def _checked(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    def _checked(
+        self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str
+    ) -> dict[str, Tensor]:
         first = aliases(self.module)
         checked = {}
         for name, tensor in tensors.items():
             key = first.get(canonical_name(name))
             if key is None:
                 seen = ", ".join(list(parameters)[:20])
-                raise ValueError(f"`{what}` name {name!r} is no parameter of {type(self.module).__name__}. Parameters: {seen}.")
+                raise ValueError(
+                    f"`{what}` name {name!r} is no parameter of {type(self.module).__name__}. Parameters: {seen}."
+                )
             if tensor.shape != parameters[key].shape:
                 raise ValueError(
                     f"`{what}` entry {name!r} must have the parameter's shape {tuple(parameters[key].shape)}, "
@@ -217,14 +225,21 @@ class MaskManager:
     def _pairs_of(self, optimizer: torch.optim.Optimizer | None) -> tuple[list[nn.Parameter], list[Tensor]]:
         """(weights, masks) that `optimizer` updates; tensors without a pruned entry cost nothing."""
         if id(optimizer) not in self._pairs:
-            owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+            owned = (
+                None
+                if optimizer is None
+                else {id(p) for group in optimizer.param_groups for p in group["params"]}
+            )
             parameters = named_tensors(self.module)
             names = [
                 name
                 for name, mask in self._masks.items()
                 if (owned is None or id(parameters[name]) in owned) and not bool(mask.all())
             ]
-            self._pairs[id(optimizer)] = ([parameters[name] for name in names], [self._runtime[name] for name in names])
+            self._pairs[id(optimizer)] = (
+                [parameters[name] for name in names],
+                [self._runtime[name] for name in names],
+            )
         return self._pairs[id(optimizer)]
 
     @torch.no_grad()
@@ -254,22 +269,30 @@ def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: the file is truncated, damaged, or no mask file.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no mask file {os.fspath(path)!r}. Write one with MaskManager.of(module).save(path).")
+        raise FileNotFoundError(
+            f"no mask file {os.fspath(path)!r}. Write one with MaskManager.of(module).save(path)."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is truncated or no safetensors file ({error}). Save the masks again.") from error
+        raise ValueError(
+            f"{os.fspath(path)!r} is truncated or no safetensors file ({error}). Save the masks again."
+        ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{os.fspath(path)!r} holds no masks (format {metadata.get('format')!r}). Save with MaskManager.save.")
+        raise ValueError(
+            f"{os.fspath(path)!r} holds no masks (format {metadata.get('format')!r}). Save with MaskManager.save."
+        )
     return masks
 
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise ValueError if a weight is NaN or infinite: 0 * NaN is NaN, so a mask could not prune it."""
     if not bool(torch.isfinite(local(weight)).all()):
-        raise ValueError(f"the weights of {name!r} must be finite to be pruned, got NaN or infinite values. Repair the model first.")
+        raise ValueError(
+            f"the weights of {name!r} must be finite to be pruned, got NaN or infinite values. Repair the model first."
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

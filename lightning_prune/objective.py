@@ -16,11 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+)
 
 from lightning_prune.masks import full
-from lightning_prune.sandbox import isolated_rng, untouched
-from lightning_prune.targets import named_tensors
+from lightning_prune.sandbox import isolated_rng, rng_states, seed_all, set_rng_states, untouched
+from lightning_prune.targets import canonical_name, named_tensors
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Batches = Callable[[int | None], Iterable[Any]]
@@ -53,6 +61,7 @@ class Objective:
         trainer: the Trainer whose loggers are muted and whose ranks share the work; None without one.
         reduce: averages a tensor over all ranks in place; identity on one process.
         copies: score on a deep copy instead of the live module.
+        seed: of dropout and augmentation while scoring, >= 0.
         advance: called once per batch, for progress bars.
     """
 
@@ -62,6 +71,7 @@ class Objective:
     trainer: Any = None
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     copies: bool = False
+    seed: int = 0
     advance: Callable[[], None] = lambda: None
     _step: nn.Module | None = field(default=None, repr=False)
 
@@ -73,6 +83,7 @@ class Objective:
         """Yield the wrapped step inside the sandbox; compiled code runs eagerly, on the module or on a copy of it."""
         module = copy.deepcopy(self.module) if self.copies else self.module
         with untouched(module, self.trainer), torch.compiler.set_stance("force_eager"):
+            seed_all(self.seed)
             yield _Step(module, self.loss_fn)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -101,7 +112,9 @@ class Objective:
                 for name, grad in zip(names, grads, strict=True):
                     grad = torch.zeros_like(parameters[name]) if grad is None else grad
                     if not bool(torch.isfinite(grad).all()):
-                        raise ValueError(f"the gradient of {name!r} on calibration batch {index} is not finite. Check loss and data.")
+                        raise ValueError(
+                            f"the gradient of {name!r} on calibration batch {index} is not finite. Check loss and data."
+                        )
                     total[name] = total[name].add_(grad) if name in total else grad.clone()
                 seen += 1
                 self.advance()
@@ -111,13 +124,21 @@ class Objective:
 
 
 def evaluate(
-    step: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, index: int = 0
+    step: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batch: Any,
+    index: int = 0,
 ) -> Tensor:
-    """Return the loss as a function of `parameters` and `buffers` (prefixed by the wrapper's child name)."""
-    named = {f"module.{name}": value for name, value in {**parameters, **buffers}.items()}
+    """Return the loss of the wrapped step as a function of parameters (canonical names) and buffers."""
+    actual = {canonical_name(name): name for name, _ in step.named_parameters()}
+    named = {actual[f"module.{name}"]: value for name, value in parameters.items()}
+    named.update({f"module.{name}": value for name, value in buffers.items()})
     loss = torch.func.functional_call(step, named, (batch, index), tie_weights=True)
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss of calibration batch {index} is not finite, got {float(loss)}. Check loss and data.")
+        raise ValueError(
+            f"the loss of calibration batch {index} is not finite, got {float(loss)}. Check loss and data."
+        )
     return loss
 
 
@@ -137,9 +158,13 @@ def check_loss(module: nn.Module, loss_fn: LossFunction | None) -> None:
     if step is None:
         raise ValueError(f"{type(module).__name__} has no `training_step` to take a loss from. {advice}")
     if getattr(module, "automatic_optimization", True) is False:
-        raise ValueError(f"the `training_step` of {type(module).__name__} optimizes by itself (manual optimization). {advice}")
+        raise ValueError(
+            f"the `training_step` of {type(module).__name__} optimizes by itself (manual optimization). {advice}"
+        )
     if "dataloader_iter" in inspect.signature(step).parameters:
-        raise ValueError(f"a `training_step` that takes `dataloader_iter` cannot be given single batches. {advice}")
+        raise ValueError(
+            f"a `training_step` that takes `dataloader_iter` cannot be given single batches. {advice}"
+        )
 
 
 def calibration_loader(loader: DataLoader, seed: int, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -163,27 +188,39 @@ def calibration_loader(loader: DataLoader, seed: int, rank: int = 0, world_size:
     if world_size > 1:
         sampler = DistributedSampler(loader.dataset, world_size, rank, shuffle=True, seed=seed)
     if loader.batch_size is not None:
-        return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler, drop_last=loader.drop_last, **common)
+        return DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=sampler,
+            drop_last=loader.drop_last,
+            **common,
+        )
     size = getattr(loader.batch_sampler, "batch_size", None)
     if size is None:
         return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **common)
     return DataLoader(loader.dataset, batch_sampler=BatchSampler(sampler, size, drop_last=False), **common)
 
 
-def read_batches(loaders: Any, count: int | None) -> Iterator[Any]:
+def read_batches(loaders: Any, count: int | None, seed: int = 0) -> Iterator[Any]:
     """Yield at most `count` batches of a tree (loader, list or dict of loaders) of calibration loaders.
 
-    Random states are restored after every batch is drawn, so that augmentation in the data set leaves the run alone.
+    Batches are drawn under random states of their own: augmentation in the data set leaves the run alone.
     """
+    with isolated_rng():
+        seed_all(seed)
+        own = rng_states()
     leaves = _leaves(loaders)
-    iterators = [iter(leaf) for leaf in leaves]
+    with isolated_rng():  # making an iterator draws a base seed
+        iterators = [iter(leaf) for leaf in leaves]
     drawn = 0
     while count is None or drawn < count:
         with isolated_rng():
+            set_rng_states(own)
             try:
                 items = [next(iterator) for iterator in iterators]
             except StopIteration:
                 return
+            own = rng_states()
         yield _like_tree(loaders, iter(items))
         drawn += 1
 
@@ -204,8 +241,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _as_loss(output: Any, origin: str) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-        raise ValueError(f"`{origin}` must return a scalar loss tensor, got {shape}. Give `loss_fn(module, batch) -> scalar tensor`.")
+        shape = (
+            f"a tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else repr(type(loss).__name__)
+        )
+        raise ValueError(
+            f"`{origin}` must return a scalar loss tensor, got {shape}. Give `loss_fn(module, batch) -> scalar tensor`."
+        )
     return loss.reshape(())
 
 

@@ -66,6 +66,13 @@ def set_rng_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; use it only where `isolated_rng` restores them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def _training_flags(module: nn.Module) -> Iterator[None]:
     flags = [(child, child.training) for child in module.modules()]

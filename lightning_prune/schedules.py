@@ -76,11 +76,11 @@ class Moment:
     target: float
 
     def reached(self, position: Position) -> bool:
-        """Whether the fit stands at this moment or past it."""
-        if self.when == "start":
+        """Whether the fit stands at this moment or past it (at the end of the fit every moment has come)."""
+        if self.when == "start" or position.ended:
             return True
         if self.when == "end":
-            return position.ended
+            return False
         if isinstance(self.when, float):
             return position.progress is not None and position.progress >= self.when - 1e-9
         return position.epoch >= int(self.when)
@@ -98,7 +98,11 @@ def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
     """
     if isinstance(at, str) or is_number(at):
         return (Moment(_check_when(at), 0.0 if target is None else target),)
-    if not isinstance(at, Sequence) or not at or not all(isinstance(p, Sequence) and not isinstance(p, str) and len(p) == 2 for p in at):
+    if (
+        not isinstance(at, Sequence)
+        or not at
+        or not all(isinstance(p, Sequence) and not isinstance(p, str) and len(p) == 2 for p in at)
+    ):
         raise ValueError(
             "`at` must be 'start', 'end', an int (epochs), a float in (0, 1) (fraction of the fit) or a list of "
             f"(when, sparsity) pairs, got {at!r}."
@@ -106,7 +110,9 @@ def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
     moments = tuple(Moment(_check_when(when), check_fraction("at", value)) for when, value in at)
     for one, two in zip(moments, moments[1:], strict=False):
         if two.target < one.target:
-            raise ValueError(f"`at` must list sparsities that do not fall, got {one.target} before {two.target}.")
+            raise ValueError(
+                f"`at` must list sparsities that do not fall, got {one.target} before {two.target}."
+            )
         if _order(two.when) <= _order(one.when) and type(one.when) is type(two.when):
             raise ValueError(f"`at` must list moments in order, got {one.when!r} before {two.when!r}.")
     return moments
@@ -148,9 +154,13 @@ class Ramp:
         """
         begin, end = (self._to_step(name, total_steps) for name in ("begin", "end"))
         if begin > end:
-            raise ValueError(f"`begin` must not lie after `end`, got steps {begin} and {end}. Lower `begin` or raise `end`.")
+            raise ValueError(
+                f"`begin` must not lie after `end`, got steps {begin} and {end}. Lower `begin` or raise `end`."
+            )
         if total_steps is not None and end > total_steps:
-            raise ValueError(f"`end` must lie within the fit of {total_steps} optimizer steps, got {end}. Lower `end` or train longer.")
+            raise ValueError(
+                f"`end` must lie within the fit of {total_steps} optimizer steps, got {end}. Lower `end` or train longer."
+            )
         return begin, end
 
     def next_due(self, step: int, bounds: tuple[int, int]) -> int | None:
@@ -180,4 +190,6 @@ def check_bound(name: str, value: Any) -> int | float:
         return value
     if isinstance(value, float) and 0.0 <= value <= 1.0:
         return value
-    raise ValueError(f"`{name}` must be an int >= 0 (optimizer steps) or a float in [0, 1] (fraction of the fit), got {value!r}.")
+    raise ValueError(
+        f"`{name}` must be an int >= 0 (optimizer steps) or a float in [0, 1] (fraction of the fit), got {value!r}."
+    )

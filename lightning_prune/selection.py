@@ -56,10 +56,14 @@ def keep_top(
     check_fraction("layer_floor", layer_floor)
     check_scope(scope)
     check_scores(scores)
-    ranks = {name: _rankable(score, None if alive is None else alive.get(name)) for name, score in scores.items()}
+    ranks = {
+        name: _rankable(score, None if alive is None else alive.get(name)) for name, score in scores.items()
+    }
     if scope == "layer":
         return {
-            name: _keep_best(rank, max(kept_count(rank.numel(), sparsity), _floor_count(rank, layer_floor))).view(scores[name].shape)
+            name: _keep_best(
+                rank, max(kept_count(rank.numel(), sparsity), _floor_count(rank, layer_floor))
+            ).view(scores[name].shape)
             for name, rank in ranks.items()
         }
     return _keep_globally(scores, ranks, sparsity, layer_floor)
@@ -81,7 +85,9 @@ def keep_n_of_m(
         ValueError: a score is not finite, or n and m do not fit.
     """
     if not (isinstance(n, int) and isinstance(m, int) and m >= 2 and 1 <= n <= m):
-        raise ValueError(f"an N:M pattern needs integers 1 <= N <= M and M >= 2, got {n}:{m}. Write for example '2:4'.")
+        raise ValueError(
+            f"an N:M pattern needs integers 1 <= N <= M and M >= 2, got {n}:{m}. Write for example '2:4'."
+        )
     check_scores(scores)
     masks, dense = {}, []
     for name, score in scores.items():
@@ -107,7 +113,9 @@ def shuffle_within_layer(masks: Mapping[str, Tensor], generator: torch.Generator
         bool masks of the same shapes with the same number of True entries each.
     """
     return {
-        name: mask.flatten()[torch.randperm(mask.numel(), generator=generator).to(mask.device)].view(mask.shape)
+        name: mask.flatten()[torch.randperm(mask.numel(), generator=generator).to(mask.device)].view(
+            mask.shape
+        )
         for name, mask in masks.items()
     }
 
@@ -169,7 +177,11 @@ def _keep_globally(
     sizes = [rank.numel() for rank in ranks.values()]
     target = kept_count(sum(sizes), sparsity)
     device = next(iter(ranks.values())).device
-    reserved = {name: _keep_best(rank, _floor_count(rank, layer_floor)) for name, rank in ranks.items()} if layer_floor else {}
+    reserved = (
+        {name: _keep_best(rank, _floor_count(rank, layer_floor)) for name, rank in ranks.items()}
+        if layer_floor
+        else {}
+    )
     held = sum(int(mask.sum()) for mask in reserved.values())
     if held > target:
         raise ValueError(

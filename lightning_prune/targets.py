@@ -72,7 +72,11 @@ def select(
     _refuse_hidden_weights(module, include, exclude)
     chosen = dict.fromkeys(default) if include is None else {}
     for pattern in include or ():
-        found = [key for key, every in names.items() if _matches(pattern, every) and (key in default or pattern in every)]
+        found = [
+            key
+            for key, every in names.items()
+            if _matches(pattern, every) and (key in default or pattern in every)
+        ]
         if not found:
             raise ValueError(_no_match("include", pattern, default))
         chosen.update(dict.fromkeys(found))
@@ -85,7 +89,9 @@ def select(
     parameters = named_tensors(module)
     selected = {name: parameter for name, parameter in parameters.items() if name in chosen}
     if not selected:
-        raise ValueError(f"nothing to prune: `include`={include!r} and `exclude`={tuple(exclude)!r} leave no tensor. {_seen(default)}")
+        raise ValueError(
+            f"nothing to prune: `include`={include!r} and `exclude`={tuple(exclude)!r} leave no tensor. {_seen(default)}"
+        )
     for name, parameter in selected.items():
         _check_maskable(name, parameter)
     return selected
@@ -132,22 +138,35 @@ def _refuse_hidden_weights(module: nn.Module, include: Sequence[str] | None, exc
         if not isinstance(child, PRUNABLE):
             continue
         name = canonical_name(f"{path}.weight" if path else "weight")
-        wanted = (include is None or any(_matches(p, [name]) for p in include)) and not any(_matches(p, [name]) for p in exclude)
+        wanted = (include is None or any(_matches(p, [name]) for p in include)) and not any(
+            _matches(p, [name]) for p in exclude
+        )
         if not wanted:
             continue
         hidden, remedy = _hidden_weight(child)
         if hidden:
-            raise ValueError(f"{name!r} cannot be pruned: {hidden}. {remedy} or leave it out with exclude=[{path!r}].")
+            raise ValueError(
+                f"{name!r} cannot be pruned: {hidden}. {remedy} or leave it out with exclude=[{path!r}]."
+            )
 
 
 def _hidden_weight(child: nn.Module) -> tuple[str, str]:
     own = dict(child.named_parameters(recurse=False))
     if parametrize.is_parametrized(child, "weight"):
-        return "it is parametrized", "Call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
+        return (
+            "it is parametrized",
+            "Call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first",
+        )
     if "weight_orig" in own:
-        return "it carries masks of torch.nn.utils.prune or a spectral norm", "Call the matching remove function first"
+        return (
+            "it carries masks of torch.nn.utils.prune or a spectral norm",
+            "Call the matching remove function first",
+        )
     if "weight_v" in own:
-        return "it is weight-normed (a masked row of v makes the weight NaN)", "Call torch.nn.utils.remove_weight_norm first"
+        return (
+            "it is weight-normed (a masked row of v makes the weight NaN)",
+            "Call torch.nn.utils.remove_weight_norm first",
+        )
     return "", ""
 
 
@@ -155,7 +174,9 @@ def _check_maskable(name: str, parameter: Tensor) -> None:
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(f"{name!r} is lazy and has no shape yet. Run one forward pass before pruning.")
     if not parameter.is_floating_point():
-        raise ValueError(f"{name!r} has dtype {parameter.dtype}; only floating tensors can be pruned. Leave it out with `exclude`.")
+        raise ValueError(
+            f"{name!r} has dtype {parameter.dtype}; only floating tensors can be pruned. Leave it out with `exclude`."
+        )
     if parameter.numel() == 0:
         raise ValueError(f"{name!r} has no entries. Leave it out with `exclude`.")
 

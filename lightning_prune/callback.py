@@ -1,0 +1,403 @@
+"""PruningCallback: the only code that knows Lightning's hooks and checkpoints.
+
+A method subclasses it and answers two questions: `due` (is it time, and how sparse?) and `propose` (which weights stay?).
+Everything else is settled here: binding after restore, enforcement through the shared MaskManager, state, ranks, logs.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_prune.checks import check_bool, check_fraction, check_integer
+from lightning_prune.context import Context, Proposal, event_generator
+from lightning_prune.fit import (
+    ForwardRecorder,
+    calibration_source,
+    check_strategy,
+    log_event,
+    mean_over_ranks,
+    position_of,
+    same_on_all_ranks,
+    shadow_modules,
+)
+from lightning_prune.masks import DTensor, MaskManager, full
+from lightning_prune.objective import Objective
+from lightning_prune.schedules import Moment, Position, parse_at
+from lightning_prune.targets import check_patterns, select
+
+STATE_VERSION = 1
+
+
+class PruningCallback(Callback):
+    """What all methods share; subclass it, or one of `OneShotPruning` and a method, rather than use it.
+
+    Args:
+        include: names or patterns of what may be pruned (see `targets.select`); None: the weights of all linear
+            layers and convolutions.
+        exclude: names or patterns of what may not.
+        loss_fn: `loss_fn(module, batch) -> scalar tensor` for methods that need a loss; None: `training_step`.
+        calibration_dataloader: batches for methods that need data; None: the training set, read separately.
+        seed: of everything random in the method, >= 0.
+        mask_gradients: zero the gradients of pruned weights before each step; the weights are zeroed after it in any case.
+        masks_from_zeros: take exact zeros of the selected weights as pruned when the fit starts.
+        name: sets this callback apart from another one of the same class in one Trainer.
+        measure: time the module and count its FLOPs for the receipt when training ends.
+    Raises:
+        ValueError: an argument breaks its rule.
+    """
+
+    method: ClassVar[str] = ""  # constant, so that renaming a class does not orphan its checkpoints
+    shards: ClassVar[bool] = True  # whether the method works on sharded (DTensor) parameters
+
+    def __init__(
+        self,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str = (),
+        loss_fn: Any = None,
+        calibration_dataloader: Any = None,
+        seed: int = 0,
+        mask_gradients: bool = True,
+        masks_from_zeros: bool = False,
+        name: str | None = None,
+        measure: bool = True,
+    ) -> None:
+        super().__init__()
+        self.include = check_patterns("include", include)
+        self.exclude = check_patterns("exclude", exclude) or ()
+        self.loss_fn = loss_fn
+        self.calibration_dataloader = calibration_dataloader
+        self.seed = check_integer("seed", seed, 0)
+        self.mask_gradients = check_bool("mask_gradients", mask_gradients)
+        self.masks_from_zeros = check_bool("masks_from_zeros", masks_from_zeros)
+        self.measure = check_bool("measure", measure)
+        self.name = None if name is None else str(name)
+        self.receipt: Any = None
+        self.reset()
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in checkpoints."""
+        return f"lightning_prune.{self.name or self.method}"
+
+    @property
+    def final_target(self) -> float:
+        """The sparsity (or budget) this method ends at."""
+        return float(getattr(self, "sparsity", 0.0))
+
+    @abstractmethod
+    def due(self, position: Position) -> float | None:
+        """Return the target to prune to now, or None. Asked at the start, after every epoch and every optimizer step."""
+
+    @abstractmethod
+    def propose(self, context: Context) -> Proposal:
+        """Return masks (and optionally values) for `context.target`; change nothing."""
+
+    def mark_done(self, position: Position) -> None:
+        """Called after a proposal is committed."""
+        self.events += 1
+        self.last_step = position.step
+
+    def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
+        """Raise MisconfigurationException if this fit can never reach a moment at which the method acts."""
+
+    def reset(self) -> None:
+        """Forget everything about the model pruned before, so that this callback can prune another one."""
+        self.events = 0
+        self.last_step = -1
+        self.history: list[dict[str, Any]] = []
+        self._pending: dict[str, Any] | None = None
+        self._bound: weakref.ref[nn.Module] | None = None
+        self._primary = True
+        self._recorder = ForwardRecorder()
+        self.receipt = None
+
+    # Lightning's hooks, in the order in which they run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_strategy(trainer)
+        self._primary = next(c for c in trainer.callbacks if isinstance(c, PruningCallback)) is self
+        if self._primary:
+            MaskManager.of(pl_module).detach()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != "fit":
+            return
+        ours = {callback.state_key for callback in trainer.callbacks if isinstance(callback, PruningCallback)}
+        held = {key for key in checkpoint.get("callbacks", {}) if str(key).startswith("lightning_prune.")} - {
+            RNG_STATE_KEY
+        }
+        if held - ours:
+            raise MisconfigurationException(
+                f"the checkpoint was pruned by {sorted(held)}, but this Trainer holds {sorted(ours)}. Use the same pruning callbacks "
+                "to resume; to go on from its weights, load them without `ckpt_path` and set masks_from_zeros=True."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._pending is not None:
+            return self._pending
+        module = None if self._bound is None else self._bound()
+        masks = MaskManager.of(module).state_dict() if module is not None and self._primary else {}
+        return {
+            "version": STATE_VERSION,
+            "method": self.method,
+            "done": self.finished,
+            "events": self.events,
+            "last_step": self.last_step,
+            "history": [dict(event) for event in self.history],
+            "masks": masks,
+            **self.extra_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = dict(state_dict)  # bound in on_train_start: the module may not be whole yet
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resumed = self._pending is not None
+        position = position_of(trainer, pl_module)
+        manager = self._bind(trainer, pl_module)
+        self.check_fit(trainer, position, resumed or self.events > 0)
+        manager.attach(trainer.optimizers)
+        manager.shadows = lambda: shadow_modules(trainer)
+        self._recorder.watch(pl_module)
+        self._act(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._act(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._primary and self.mask_gradients:
+            MaskManager.of(pl_module).mask_gradients(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._act(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        late = self.due(position_of(trainer, pl_module, over=True))
+        if late is not None:
+            rank_zero_warn(
+                f"{self.method}: training ended before its last planned step; pruning now. Metrics logged so far and checkpoints "
+                "written so far are those of the network before."
+            )
+            self._act(trainer, pl_module, over=True)
+        if self.measure or self.history:
+            self._write_receipt(trainer, pl_module)
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._release(pl_module)
+
+    # how they are served
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further event will come."""
+        return self.events > 0
+
+    def extra_state(self) -> dict[str, Any]:
+        """Further plain values for the checkpoint (tensors, str, int, float, bool, None, list, tuple, dict)."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    def _bind(self, trainer: Trainer, pl_module: LightningModule) -> MaskManager:
+        """Meet the module of this fit: restored weights are in place, so masks can be put in force."""
+        manager = MaskManager.of(pl_module)
+        targets = select(pl_module, self.include, self.exclude)
+        if not self.shards and any(isinstance(p, DTensor) for p in targets.values()):
+            raise MisconfigurationException(
+                f"{self.method} cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use a magnitude method."
+            )
+        if self._pending is not None:
+            self._restore(manager)
+        elif self._bound is not None and self._bound() is not pl_module and not manager.masks:
+            raise MisconfigurationException(
+                f"this {type(self).__name__} has pruned another module. Call its reset() to prune this one anew, or carry the masks over: "
+                "MaskManager.of(new).set_masks(MaskManager.of(old).masks)."
+            )
+        elif self.masks_from_zeros and self.events == 0 and not manager.masks:
+            manager.set_masks({name: full(weight.detach()) != 0 for name, weight in targets.items()})
+        self._bound = weakref.ref(pl_module)
+        return manager
+
+    def _restore(self, manager: MaskManager) -> None:
+        state, self._pending = self._pending or {}, None
+        if state.get("method") != self.method:
+            raise MisconfigurationException(
+                f"the checkpoint's state {self.state_key!r} is of method {state.get('method')!r}, this callback is {self.method!r}. "
+                "Use the same method to resume, or another `name`."
+            )
+        if state["masks"]:
+            manager.load_state_dict(state["masks"])
+        self.events, self.last_step = int(state["events"]), int(state["last_step"])
+        self.history = [dict(event) for event in state["history"]]
+        self.load_extra_state(state)
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule, over: bool = False) -> None:
+        position = position_of(trainer, pl_module, over)
+        target = self.due(position)
+        if target is None:
+            return
+        started = time.perf_counter()
+        manager = MaskManager.of(pl_module)
+        proposal = same_on_all_ranks(
+            self.propose(self._context(trainer, pl_module, target)), pl_module.device
+        )
+        manager.set_masks(proposal.masks, proposal.weights)
+        self.mark_done(position)
+        self.history.append(
+            describe_event(manager, proposal, target, position, time.perf_counter() - started)
+        )
+        self._announce(trainer, self.history[-1])
+
+    def _context(self, trainer: Trainer, pl_module: LightningModule, target: float) -> Context:
+        targets = select(pl_module, self.include, self.exclude)
+        bar = trainer.progress_bar_callback
+        return Context(
+            module=pl_module,
+            weights={name: full(weight.detach()) for name, weight in targets.items()},
+            alive=MaskManager.of(pl_module).alive(targets),
+            target=target,
+            event=self.events,
+            generator=event_generator(self.seed, self.events),
+            make_objective=lambda: Objective(
+                pl_module,
+                calibration_source(trainer, pl_module, self.calibration_dataloader, self.seed, self.events),
+                self.loss_fn,
+                trainer,
+                mean_over_ranks,
+                seed=self.seed,
+            ),
+            example=self._recorder.example,
+            show_progress=trainer.is_global_zero and bar is not None and bar.is_enabled,
+        )
+
+    def _announce(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
+        rank_zero_info(
+            f"{self.method}: asked {event['requested']:.6g}, got sparsity {event['sparsity']:.6g} "
+            f"({event['kept']} of {event['total']} weights kept) at step {event['step']} in {event['seconds']:.2f} s"
+        )
+        if event["emptied"]:
+            rank_zero_warn(
+                f"{self.method} left no weight in {', '.join(event['emptied'])}: nothing passes through a layer that is all zero. "
+                "Set `layer_floor` (or lower the sparsity) to keep a part of every layer."
+            )
+        log_event(trainer, {"prune/sparsity": event["sparsity"], "prune/n_active": float(event["kept"])})
+
+    def _write_receipt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from lightning_prune.report import fit_receipt
+
+        self.receipt = fit_receipt(self, pl_module, self._recorder.example if self.measure else None)
+        if trainer.is_global_zero and self._primary and not trainer.barebones:
+            self.receipt.show()
+
+    def _release(self, pl_module: LightningModule) -> None:
+        self._recorder.forget()
+        MaskManager.of(pl_module).detach()
+
+
+RNG_STATE_KEY = "lightning_prune.rng_state"
+
+
+def describe_event(
+    manager: MaskManager, proposal: Proposal, target: float, position: Position, seconds: float
+) -> dict[str, Any]:
+    """Return a committed proposal in plain values: what was asked, what is in force now."""
+    kept, total = manager.counts()
+    masks = manager.masks
+    return {
+        "requested": float(target),
+        "sparsity": manager.sparsity(),
+        "kept": kept,
+        "total": total,
+        "step": position.step,
+        "epoch": position.epoch,
+        "seconds": seconds,
+        "emptied": [name for name in proposal.masks if name in masks and not bool(masks[name].any())],
+        "notes": list(proposal.notes),
+        "certificate": proposal.certificate,
+    }
+
+
+class OneShotPruning(PruningCallback):
+    """A method that prunes at given moments of a fit and leaves the rest of it to fine-tuning.
+
+    Args:
+        sparsity: pruned fraction of the selected weights, in [0, 1); None if `at` lists pairs.
+        at: "start" (before the first optimizer step), "end" (after the last), an int (that many epochs done), a float in
+            (0, 1) (that fraction of the fit done), or a list of (when, sparsity) pairs.
+        **common: see `PruningCallback`.
+    """
+
+    def __init__(self, sparsity: float | None = None, at: Any = "start", **common: Any) -> None:
+        super().__init__(**common)
+        self.moments: tuple[Moment, ...] = parse_at(at, sparsity)
+        paired = not isinstance(at, (str, int, float))
+        if paired and sparsity is not None:
+            raise ValueError(
+                f"`sparsity` must be left out when `at` lists (when, sparsity) pairs, got {sparsity!r}."
+            )
+        if not paired:
+            check_fraction("sparsity", sparsity)
+        self.sparsity = self.moments[-1].target
+        self.at = at
+
+    @property
+    def finished(self) -> bool:
+        return self.events >= len(self.moments)
+
+    def due(self, position: Position) -> float | None:
+        reached = [moment for moment in self.moments[self.events :] if moment.reached(position)]
+        return reached[-1].target if reached else None
+
+    def mark_done(self, position: Position) -> None:
+        self.events += len([moment for moment in self.moments[self.events :] if moment.reached(position)])
+        self.last_step = position.step
+
+    def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
+        for moment in self.moments[self.events :]:
+            when = moment.when
+            if (
+                isinstance(when, int)
+                and trainer.max_epochs not in (None, -1)
+                and when >= int(trainer.max_epochs or 0)
+            ):
+                raise MisconfigurationException(
+                    f"`at`={when} lies beyond the fit of {trainer.max_epochs} epochs. Lower it, train longer, or use at='end'."
+                )
+            if isinstance(when, float) and position.progress is None:
+                raise MisconfigurationException(
+                    f"`at`={when} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1). Give epochs (int)."
+                )
+            past = (
+                when == "start"
+                or (isinstance(when, int) and when < position.epoch)
+                or (isinstance(when, float) and moment.reached(position))
+            )
+            if past and position.step > 0 and not resumed:
+                raise MisconfigurationException(
+                    f"`at`={when!r} lies before step {position.step}, at which this fit goes on from a checkpoint that was not pruned. Load the "
+                    "weights without `ckpt_path` (a fit of its own), or choose a later `at`."
+                )

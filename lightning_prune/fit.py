@@ -1,0 +1,163 @@
+"""Facts about a running Trainer, read in one place: position, calibration batches, ranks, averaged copies, loggers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_prune.context import Proposal
+from lightning_prune.objective import calibration_loader, map_loaders, read_batches
+from lightning_prune.schedules import Position
+
+
+def position_of(trainer: Trainer, pl_module: LightningModule, over: bool = False) -> Position:
+    """Return where the fit stands.
+
+    Steps are optimizer steps; with manual optimization, where one batch may step several optimizers several times, they
+    are training batches. The length is None if Lightning does not know it (`max_epochs=-1`, a data stream without length).
+    """
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    if pl_module.automatic_optimization:
+        step, total = trainer.global_step, _finite(trainer.estimated_stepping_batches)
+    else:
+        step, total = batches, _finite((trainer.max_epochs or 0) * trainer.num_training_batches)
+    progress = None if total is None else min(1.0, step / total)
+    ended = over or (total is not None and step >= total) or 0 < trainer.max_steps <= trainer.global_step
+    return Position(step, trainer.current_epoch, 1.0 if over else progress, total, ended)
+
+
+def _finite(value: float) -> int | None:
+    return int(value) if value > 0 and math.isfinite(value) else None
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raise MisconfigurationException for strategies whose optimizer step cannot be masked."""
+    name = type(trainer.strategy).__name__
+    if "DeepSpeed" in name:
+        raise MisconfigurationException(
+            f"{name} partitions weights and steps them by itself, so masks cannot be enforced. Use 'ddp' or ModelParallelStrategy (FSDP2)."
+        )
+
+
+def calibration_source(
+    trainer: Trainer, pl_module: LightningModule, loaders: Any, seed: int, event: int
+) -> Callable[[int | None], Iterable[Any]]:
+    """Return a function that reads batches of the training set (or of `loaders`) without disturbing the run.
+
+    Every rank reads its own share; batches pass through the module's transfer hooks to its device, as in training.
+    """
+    source = trainer.train_dataloader if loaders is None else loaders
+    if source is None:
+        raise MisconfigurationException(
+            "there is no training dataloader to calibrate on. Give `calibration_dataloader`."
+        )
+    seed = seed * 1_000_003 + event
+
+    def batches(count: int | None) -> Iterable[Any]:
+        own = map_loaders(
+            source, lambda leaf: calibration_loader(leaf, seed, trainer.global_rank, trainer.world_size)
+        )
+        for batch in read_batches(own, count, seed):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    return batches
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the mean of `tensor` over all ranks; on one process the tensor itself."""
+    if _ranks() == 1:
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / _ranks()
+
+
+def same_on_all_ranks(proposal: Proposal, device: torch.device) -> Proposal:
+    """Return rank 0's proposal on every rank: scores differ in the last bit between ranks, masks must not differ at all."""
+    if _ranks() == 1:
+        return proposal
+    masks = {
+        name: _from_first_rank(mask.to(device, torch.uint8)).bool() for name, mask in proposal.masks.items()
+    }
+    weights = None
+    if proposal.weights is not None:
+        weights = {name: _from_first_rank(weight.to(device)) for name, weight in proposal.weights.items()}
+    return Proposal(masks, weights, proposal.notes, proposal.certificate)
+
+
+def _from_first_rank(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def _ranks() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def shadow_modules(trainer: Trainer) -> list[nn.Module]:
+    """Return the averaged copies that EMA and SWA callbacks hold; unmasked they would bring pruned weights back."""
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [getattr(average, "module", average) for average in averages if isinstance(average, nn.Module)]
+
+
+def log_event(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Send one-off values to all loggers now (`LightningModule.log` would hold them back until the epoch ends)."""
+    if not trainer.barebones:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(values), step=trainer.global_step)
+
+
+class ForwardRecorder:
+    """Remembers the arguments of the first forward call of a module, to time it and count its FLOPs later."""
+
+    def __init__(self) -> None:
+        self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._handle: Any = None
+
+    def watch(self, module: nn.Module) -> None:
+        """Take `example_input_array` if the module has one, else record the next forward call."""
+        given = getattr(module, "example_input_array", None)
+        if given is not None:
+            self.example = (
+                ((), dict(given))
+                if isinstance(given, Mapping)
+                else (given if isinstance(given, tuple) else (given,), {})
+            )
+        elif (
+            self.example is None
+            and self._handle is None
+            and getattr(module, "_compiled_call_impl", None) is None
+        ):
+            self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def forget(self) -> None:
+        """Remove the hook; the example stays."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "forward" in module.__dict__:  # a strategy has put training_step in its place for this call
+            return
+        self.example = (_detached(args), _detached(kwargs))
+        self.forget()
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_detached(item) for item in value)
+    return value

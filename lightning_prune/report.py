@@ -1,0 +1,175 @@
+"""Fill a receipt from what is in force: masks, events, bytes on disk, and (with an example input) FLOPs and milliseconds."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.callback import PruningCallback
+from lightning_prune.masks import DTensor, MaskManager
+from lightning_prune.measure import (
+    Timing,
+    count_flops,
+    count_parameters,
+    file_bytes,
+    flop_blind_spots,
+    measure_milliseconds,
+)
+from lightning_prune.receipt import Receipt, honest_notes, layer_counts, versions
+from lightning_prune.targets import named_tensors
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+_FILE_LIMIT = (
+    64 * 2**20
+)  # a callback measures a file of the weights up to this size; the command line has no limit
+_TIMING_SECONDS = 1.0
+
+
+def arguments_of(method: object) -> dict[str, Any]:
+    """Return the constructor arguments of a callback as plain values (each is stored under its own name)."""
+    names: dict[str, None] = {}
+    for base in type(method).__mro__:
+        if "__init__" in vars(base) and base.__module__.startswith(type(method).__module__.split(".")[0]):
+            names.update(
+                dict.fromkeys(
+                    p.name
+                    for p in inspect.signature(base.__init__).parameters.values()
+                    if p.kind is not p.VAR_KEYWORD
+                )
+            )
+    names.pop("self", None)
+    return {name: _plain(getattr(method, name)) for name in names if hasattr(method, name)}
+
+
+def fit_receipt(method: PruningCallback, module: nn.Module, example: Example | None) -> Receipt:
+    """Return the receipt of a pruned module.
+
+    Args:
+        method: the callback that pruned it; its history tells what was asked and when.
+        module: the masked module.
+        example: (args, kwargs) of one forward call; None leaves FLOPs and milliseconds open.
+    """
+    masks = MaskManager.of(module).masks
+    notes = [note for event in method.history for note in event["notes"]]
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    total = count_parameters(module)
+    reached: dict[str, Any] = {
+        "sparsity": MaskManager.of(module).sparsity(),
+        "kept": sum(int(mask.sum()) for mask in masks.values()),
+        "total": sum(mask.numel() for mask in masks.values()),
+        "params": {"dense": total, "pruned": total - removed},
+        "flops": None, "volume": None, "channels": None,
+    }  # fmt: skip
+    milliseconds: dict[str, Any] = {"dense": None, "masked": None, "exported": None}
+    if example is not None:
+        reached["flops"], milliseconds, problems = _run_costs(module, example)
+        notes += problems
+    receipt = Receipt(
+        method=method.method,
+        arguments=arguments_of(method),
+        seed=method.seed,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions=versions(),
+        requested={
+            "sparsity": method.final_target,
+            "events": [event["requested"] for event in method.history],
+        },
+        reached=reached,
+        layers=layer_counts(masks),
+        accuracy={"dense": None, "pruned": None, "finetuned": None},
+        bytes=_bytes(module),
+        milliseconds=milliseconds,
+        repair=None,
+        certificate=next(
+            (event["certificate"] for event in reversed(method.history) if event["certificate"]), None
+        ),
+        notes=list(dict.fromkeys(notes)),
+    )
+    receipt.notes += [note for note in honest_notes(receipt) if note not in receipt.notes]
+    return receipt
+
+
+def dense_twin(module: nn.Module) -> nn.Module:
+    """Return a copy whose pruned weights hold numbers again: what the module cost before pruning, for timing only."""
+    twin = copy.deepcopy(module)
+    masks = MaskManager.of(module).masks
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in named_tensors(twin).items():
+            if name in masks:
+                filler = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01
+                parameter.copy_(torch.where(masks[name].to(parameter.device), parameter, filler))
+    return twin
+
+
+def _run_costs(
+    module: nn.Module, example: Example
+) -> tuple[dict[str, int] | None, dict[str, Any], list[str]]:
+    """FLOPs and milliseconds; a module that cannot be run or copied here costs a note, never the run."""
+    args, kwargs = _on_device(example, module)
+    open_times: dict[str, Any] = {"dense": None, "masked": None, "exported": None}
+    try:
+        flops = count_flops(module, args, kwargs)
+        times: Mapping[str, Timing] = measure_milliseconds(
+            {"dense": dense_twin(module), "masked": module},
+            args,
+            kwargs,
+            repeats=20,
+            max_seconds=_TIMING_SECONDS,
+        )
+    except Exception as error:  # any user code may run in forward; the training result must survive it
+        return (
+            None,
+            open_times,
+            [f"FLOPs and milliseconds were not measured: {type(error).__name__}: {error}"],
+        )
+    blind = flop_blind_spots(module, args, kwargs)
+    notes = [f"The FLOP counter does not see: {', '.join(blind)}."] if blind else []
+    return (
+        {"dense": flops, "pruned": flops},
+        {**open_times, **{name: t.to_dict() for name, t in times.items()}},
+        notes,
+    )
+
+
+def _on_device(example: Example, module: nn.Module) -> Example:
+    from lightning_prune.objective import to_device
+
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return to_device(example[0], device), to_device(example[1], device)
+
+
+def _bytes(module: nn.Module) -> dict[str, int | None]:
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return {"dense": None, "pruned": None, "compressed": None}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    plain = file_bytes(tensors, compress=False) if size <= _FILE_LIMIT else size
+    return {
+        "dense": plain,
+        "pruned": plain,
+        "compressed": file_bytes(tensors, compress=True) if size <= _FILE_LIMIT else None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of constructor arguments; objects become their type's name."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,50 @@
+"""RNGState: the global random states in the checkpoint, for a bitwise resume of training with dropout.
+
+Lightning saves no random state. Masks need none of it (their randomness is derived from `seed` and the event number);
+dropout and augmentation in the training process do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_prune.callback import RNG_STATE_KEY
+from lightning_prune.sandbox import rng_states, set_rng_states
+
+
+class RNGState(Callback):
+    """Save Python's, NumPy's and torch's random states with every checkpoint, one entry per rank, and restore them.
+
+    Put it last in the list of callbacks, so that nothing draws random numbers after it has restored the states.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loaded: list[dict[str, Any]] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in checkpoints."""
+        return RNG_STATE_KEY
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": 1, "ranks": _gather(rng_states())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = list(state_dict["ranks"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None and trainer.global_rank < len(self._loaded):
+            set_rng_states(self._loaded[trainer.global_rank])
+        self._loaded = None
+
+
+def _gather(states: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [states]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, states)
+    return gathered
