@@ -58,6 +58,7 @@ class PruningCallback(Callback):
 
     method: ClassVar[str] = ""  # constant, so that renaming a class does not orphan its checkpoints
     shards: ClassVar[bool] = True  # whether the method works on sharded (DTensor) parameters
+    prunes_trained: ClassVar[bool] = True  # False for methods that prune at initialization
 
     def __init__(
         self,
@@ -131,9 +132,7 @@ class PruningCallback(Callback):
         if self._primary:
             MaskManager.of(pl_module).detach()
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         ours = {callback.state_key for callback in trainer.callbacks if isinstance(callback, PruningCallback)}
@@ -178,9 +177,7 @@ class PruningCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._act(trainer, pl_module)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._primary and self.mask_gradients:
             MaskManager.of(pl_module).mask_gradients(optimizer)
 
@@ -197,8 +194,7 @@ class PruningCallback(Callback):
                 "written so far are those of the network before."
             )
             self._act(trainer, pl_module, over=True)
-        if self.measure or self.history:
-            self._write_receipt(trainer, pl_module)
+        self._write_receipt(trainer, pl_module)
         self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -262,14 +258,10 @@ class PruningCallback(Callback):
             return
         started = time.perf_counter()
         manager = MaskManager.of(pl_module)
-        proposal = same_on_all_ranks(
-            self.propose(self._context(trainer, pl_module, target)), pl_module.device
-        )
+        proposal = same_on_all_ranks(self.propose(self._context(trainer, pl_module, target)), pl_module.device)
         manager.set_masks(proposal.masks, proposal.weights)
         self.mark_done(position)
-        self.history.append(
-            describe_event(manager, proposal, target, position, time.perf_counter() - started)
-        )
+        self.history.append(describe_event(manager, proposal, target, position, time.perf_counter() - started))
         self._announce(trainer, self.history[-1])
 
     def _context(self, trainer: Trainer, pl_module: LightningModule, target: float) -> Context:
@@ -307,10 +299,14 @@ class PruningCallback(Callback):
         log_event(trainer, {"prune/sparsity": event["sparsity"], "prune/n_active": float(event["kept"])})
 
     def _write_receipt(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from lightning_prune.report import fit_receipt
+        from lightning_prune.report import fit_receipt  # it reads this module's classes
 
-        self.receipt = fit_receipt(self, pl_module, self._recorder.example if self.measure else None)
-        if trainer.is_global_zero and self._primary and not trainer.barebones:
+        if not trainer.is_global_zero:
+            return
+        sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
+        example = self._recorder.example if self.measure and not sharded else None
+        self.receipt = fit_receipt(self, pl_module, example)
+        if self.measure and not trainer.barebones:
             self.receipt.show()
 
     def _release(self, pl_module: LightningModule) -> None:
@@ -356,9 +352,7 @@ class OneShotPruning(PruningCallback):
         self.moments: tuple[Moment, ...] = parse_at(at, sparsity)
         paired = not isinstance(at, (str, int, float))
         if paired and sparsity is not None:
-            raise ValueError(
-                f"`sparsity` must be left out when `at` lists (when, sparsity) pairs, got {sparsity!r}."
-            )
+            raise ValueError(f"`sparsity` must be left out when `at` lists (when, sparsity) pairs, got {sparsity!r}.")
         if not paired:
             check_fraction("sparsity", sparsity)
         self.sparsity = self.moments[-1].target
@@ -379,11 +373,7 @@ class OneShotPruning(PruningCallback):
     def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
         for moment in self.moments[self.events :]:
             when = moment.when
-            if (
-                isinstance(when, int)
-                and trainer.max_epochs not in (None, -1)
-                and when >= int(trainer.max_epochs or 0)
-            ):
+            if isinstance(when, int) and trainer.max_epochs not in (None, -1) and when >= int(trainer.max_epochs or 0):
                 raise MisconfigurationException(
                     f"`at`={when} lies beyond the fit of {trainer.max_epochs} epochs. Lower it, train longer, or use at='end'."
                 )

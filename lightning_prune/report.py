@@ -23,13 +23,11 @@ from lightning_prune.measure import (
     flop_blind_spots,
     measure_milliseconds,
 )
-from lightning_prune.receipt import Receipt, honest_notes, layer_counts, versions
+from lightning_prune.receipt import Receipt, honest_notes, layer_counts, reached_counts
 from lightning_prune.targets import named_tensors
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
-_FILE_LIMIT = (
-    64 * 2**20
-)  # a callback measures a file of the weights up to this size; the command line has no limit
+_FILE_LIMIT = 64 * 2**20  # a callback measures a file of the weights up to this size; the command line has no limit
 _TIMING_SECONDS = 1.0
 
 
@@ -40,61 +38,50 @@ def arguments_of(method: object) -> dict[str, Any]:
         if "__init__" in vars(base) and base.__module__.startswith(type(method).__module__.split(".")[0]):
             names.update(
                 dict.fromkeys(
-                    p.name
-                    for p in inspect.signature(base.__init__).parameters.values()
-                    if p.kind is not p.VAR_KEYWORD
+                    p.name for p in inspect.signature(base.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD
                 )
             )
     names.pop("self", None)
     return {name: _plain(getattr(method, name)) for name in names if hasattr(method, name)}
 
 
-def fit_receipt(method: PruningCallback, module: nn.Module, example: Example | None) -> Receipt:
+def fit_receipt(
+    method: PruningCallback, module: nn.Module, example: Example | None, max_seconds: float = _TIMING_SECONDS
+) -> Receipt:
     """Return the receipt of a pruned module.
 
     Args:
         method: the callback that pruned it; its history tells what was asked and when.
         module: the masked module.
         example: (args, kwargs) of one forward call; None leaves FLOPs and milliseconds open.
+        max_seconds: time to spend on measuring milliseconds, > 0.
     """
+    receipt = cost_receipt(module, example, max_seconds)
+    receipt.method = method.method
+    receipt.arguments = arguments_of(method)
+    receipt.seed = method.seed
+    receipt.requested = {"sparsity": method.final_target}
+    receipt.certificate = next((e["certificate"] for e in reversed(method.history) if e["certificate"]), None)
+    notes = [note for event in method.history for note in event["notes"]] + receipt.notes
+    receipt.notes = list(dict.fromkeys([*notes, *honest_notes(receipt)]))
+    return receipt
+
+
+def cost_receipt(module: nn.Module, example: Example | None, max_seconds: float = _TIMING_SECONDS) -> Receipt:
+    """Return a receipt of what a module costs now, masked or not, without a method; arguments as in `fit_receipt`."""
     masks = MaskManager.of(module).masks
-    notes = [note for event in method.history for note in event["notes"]]
-    removed = sum(int((~mask).sum()) for mask in masks.values())
     total = count_parameters(module)
-    reached: dict[str, Any] = {
-        "sparsity": MaskManager.of(module).sparsity(),
-        "kept": sum(int(mask.sum()) for mask in masks.values()),
-        "total": sum(mask.numel() for mask in masks.values()),
-        "params": {"dense": total, "pruned": total - removed},
-        "flops": None, "volume": None, "channels": None,
-    }  # fmt: skip
-    milliseconds: dict[str, Any] = {"dense": None, "masked": None, "exported": None}
-    if example is not None:
-        reached["flops"], milliseconds, problems = _run_costs(module, example)
-        notes += problems
-    receipt = Receipt(
-        method=method.method,
-        arguments=arguments_of(method),
-        seed=method.seed,
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    flops, milliseconds, notes = (None, {}, []) if example is None else _run_costs(module, example, max_seconds)
+    return Receipt(
+        method="none",
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        versions=versions(),
-        requested={
-            "sparsity": method.final_target,
-            "events": [event["requested"] for event in method.history],
-        },
-        reached=reached,
+        reached=reached_counts(masks, params={"dense": total, "pruned": total - removed}, flops=flops),
         layers=layer_counts(masks),
-        accuracy={"dense": None, "pruned": None, "finetuned": None},
         bytes=_bytes(module),
         milliseconds=milliseconds,
-        repair=None,
-        certificate=next(
-            (event["certificate"] for event in reversed(method.history) if event["certificate"]), None
-        ),
-        notes=list(dict.fromkeys(notes)),
+        notes=notes,
     )
-    receipt.notes += [note for note in honest_notes(receipt) if note not in receipt.notes]
-    return receipt
 
 
 def dense_twin(module: nn.Module) -> nn.Module:
@@ -111,33 +98,19 @@ def dense_twin(module: nn.Module) -> nn.Module:
 
 
 def _run_costs(
-    module: nn.Module, example: Example
+    module: nn.Module, example: Example, max_seconds: float
 ) -> tuple[dict[str, int] | None, dict[str, Any], list[str]]:
     """FLOPs and milliseconds; a module that cannot be run or copied here costs a note, never the run."""
     args, kwargs = _on_device(example, module)
-    open_times: dict[str, Any] = {"dense": None, "masked": None, "exported": None}
     try:
         flops = count_flops(module, args, kwargs)
-        times: Mapping[str, Timing] = measure_milliseconds(
-            {"dense": dense_twin(module), "masked": module},
-            args,
-            kwargs,
-            repeats=20,
-            max_seconds=_TIMING_SECONDS,
-        )
+        pair = {"dense": dense_twin(module), "masked": module} if MaskManager.of(module).masks else {"dense": module}
+        times = measure_milliseconds(pair, args, kwargs, repeats=30, max_seconds=max_seconds)
+        blind = flop_blind_spots(module, args, kwargs)
     except Exception as error:  # any user code may run in forward; the training result must survive it
-        return (
-            None,
-            open_times,
-            [f"FLOPs and milliseconds were not measured: {type(error).__name__}: {error}"],
-        )
-    blind = flop_blind_spots(module, args, kwargs)
+        return None, {}, [f"FLOPs and milliseconds were not measured: {type(error).__name__}: {error}"]
     notes = [f"The FLOP counter does not see: {', '.join(blind)}."] if blind else []
-    return (
-        {"dense": flops, "pruned": flops},
-        {**open_times, **{name: t.to_dict() for name, t in times.items()}},
-        notes,
-    )
+    return {"dense": flops, "pruned": flops}, {name: time.to_dict() for name, time in times.items()}, notes
 
 
 def _on_device(example: Example, module: nn.Module) -> Example:
@@ -149,9 +122,7 @@ def _on_device(example: Example, module: nn.Module) -> Example:
 
 def _bytes(module: nn.Module) -> dict[str, int | None]:
     tensors = {
-        name: tensor.detach()
-        for name, tensor in module.state_dict().items()
-        if isinstance(tensor, torch.Tensor)
+        name: tensor.detach() for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)
     }
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return {"dense": None, "pruned": None, "compressed": None}
