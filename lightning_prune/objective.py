@@ -129,13 +129,14 @@ def evaluate(
     buffers: Mapping[str, Tensor],
     batch: Any,
     index: int = 0,
+    check: bool = True,
 ) -> Tensor:
     """Return the loss of the wrapped step as a function of parameters (canonical names) and buffers."""
     actual = {canonical_name(name): name for name, _ in step.named_parameters()}
     named = {actual[f"module.{name}"]: value for name, value in parameters.items()}
     named.update({f"module.{name}": value for name, value in buffers.items()})
     loss = torch.func.functional_call(step, named, (batch, index), tie_weights=True)
-    if not bool(torch.isfinite(loss)):
+    if check and not bool(torch.isfinite(loss)):
         raise ValueError(
             f"the loss of calibration batch {index} is not finite, got {float(loss)}. Check loss and data."
         )
@@ -162,9 +163,7 @@ def check_loss(module: nn.Module, loss_fn: LossFunction | None) -> None:
             f"the `training_step` of {type(module).__name__} optimizes by itself (manual optimization). {advice}"
         )
     if "dataloader_iter" in inspect.signature(step).parameters:
-        raise ValueError(
-            f"a `training_step` that takes `dataloader_iter` cannot be given single batches. {advice}"
-        )
+        raise ValueError(f"a `training_step` that takes `dataloader_iter` cannot be given single batches. {advice}")
 
 
 def calibration_loader(loader: DataLoader, seed: int, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -241,11 +240,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _as_loss(output: Any, origin: str) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = (
-            f"a tensor of shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else repr(type(loss).__name__)
-        )
+        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
         raise ValueError(
             f"`{origin}` must return a scalar loss tensor, got {shape}. Give `loss_fn(module, batch) -> scalar tensor`."
         )

@@ -1,0 +1,323 @@
+"""Gradient rows: one row per group of m samples, as a matrix (n x p), faster than n backward passes.
+
+Three ways, tried in this order; the first one whose rows equal a plain loop on a probe is used for all rows:
+
+- *outer*: one forward and backward pass per chunk. For a linear layer or convolution the gradient of a row is the product of
+  the layer's inputs and output gradients, summed over the samples of the row: one batched matrix product per layer.
+- *vmap*: `torch.func.vmap` of `torch.func.grad` over single-row batches.
+- *loop*: one backward pass per row; works wherever a loss of a slice of the batch can be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_prune.checks import check_choice, check_integer
+from lightning_prune.masks import full
+from lightning_prune.objective import Objective, buffers_of, evaluate
+from lightning_prune.targets import canonical_name, named_tensors
+
+WAYS = ("auto", "outer", "vmap", "loop")
+_CHUNK_BYTES = 256 * 2**20  # activations unfolded at once
+_TOLERANCE = 1e-4  # float32 rows of the fast ways against the loop, relative to the largest entry
+
+
+def gradient_rows(
+    objective: Objective,
+    names: Sequence[str],
+    rows: int,
+    samples_per_row: int = 1,
+    dtype: torch.dtype = torch.float32,
+    way: str = "auto",
+) -> Tensor:
+    """Return the matrix A whose row i is the gradient of the mean loss of the i-th group of samples.
+
+    The module is in eval mode (BatchNorm uses its running statistics, dropout is off): rows are independent.
+
+    Args:
+        objective: the loss and its batches; samples are taken in the order in which they come.
+        names: canonical parameter names; their flattened entries are the columns, in this order.
+        rows: number of rows n, >= 1.
+        samples_per_row: samples averaged in one row (m), >= 1.
+        dtype: storage of A; gradients are computed in the parameters' dtype.
+        way: "auto", or one of "outer", "vmap", "loop".
+    Returns:
+        A, shape (min(n, samples available // m), p), on the device of the parameters.
+    Raises:
+        ValueError: fewer samples than one row needs, a batch that cannot be cut into samples, or a gradient that is not
+            finite (the row is named).
+    """
+    check_integer("rows", rows, 1)
+    check_integer("samples_per_row", samples_per_row, 1)
+    check_choice("way", way, WAYS)
+    with objective.open() as step:
+        step.eval()
+        source = _Rows(objective, step, names, samples_per_row)
+        matrix = torch.empty(rows, source.width, dtype=dtype, device=source.device)
+        done = 0
+        for batch, count in regroup(objective.batches(None), rows, samples_per_row, source.chunk_rows):
+            fill = source.choose(way, batch)
+            part = matrix[done : done + count]
+            fill(batch, part)
+            _check_rows(part, done)
+            done += count
+            objective.advance()
+    if not done:
+        raise ValueError(
+            f"there are fewer than `samples_per_row`={samples_per_row} calibration samples. Give a larger dataloader."
+        )
+    return matrix[:done]
+
+
+class _Rows:
+    """The three ways to fill rows of one matrix, for one module and one order of columns."""
+
+    def __init__(self, objective: Objective, step: nn.Module, names: Sequence[str], samples: int) -> None:
+        self.step, self.samples, self.names = step, samples, list(names)
+        self.parameters = {
+            name: full(p.detach()).clone().requires_grad_(name in set(names))
+            for name, p in named_tensors(objective.module).items()
+        }
+        self.buffers = buffers_of(objective.module)
+        self.sizes = [self.parameters[name].numel() for name in names]
+        self.width = sum(self.sizes)
+        self.device = self.parameters[names[0]].device
+        self.chunk_rows = max(1, 256 // samples)
+        self._fill: Callable[[Any, Tensor], None] | None = None
+
+    def choose(self, way: str, batch: Any) -> Callable[[Any, Tensor], None]:
+        """The fastest way that agrees with the loop on the first rows of `batch`; chosen once."""
+        if self._fill is None:
+            ways = {"outer": self.outer, "vmap": self.vmap, "loop": self.loop}
+            self._fill = self.loop if way == "auto" else ways[way]
+            if way == "auto":
+                self._fill = next((fill for fill in (self.outer, self.vmap) if self._agrees(fill, batch)), self.loop)
+        return self._fill
+
+    def loop(self, batch: Any, out: Tensor) -> None:
+        """One backward pass per row."""
+        wanted = [self.parameters[name] for name in self.names]
+        for row in range(len(out)):
+            part = slice_batch(batch, row * self.samples, (row + 1) * self.samples)
+            loss = evaluate(self.step, self.parameters, self.buffers, part, row)
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+            out[row] = torch.cat([g.flatten() for g in flat])
+
+    def vmap(self, batch: Any, out: Tensor) -> None:
+        """All rows at once; a row is a batch of its own along a new leading dimension."""
+        rows = map_batch(batch, lambda tensor: tensor.unflatten(0, (len(out), self.samples)))
+        wanted = {name: self.parameters[name].detach() for name in self.names}
+        others = {name: p.detach() for name, p in self.parameters.items() if name not in wanted}
+
+        def loss(chosen: Mapping[str, Tensor], part: Any) -> Tensor:
+            return evaluate(self.step, {**others, **chosen}, self.buffers, part, check=False)
+
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(wanted, rows)
+        for name, column in zip(self.names, out.split(self.sizes, dim=1), strict=True):
+            column.copy_(grads[name].flatten(1))
+
+    def outer(self, batch: Any, out: Tensor) -> None:
+        """One pass over all rows; layer inputs times layer output gradients, summed within each row."""
+        with _Recorder(self.step, self.names) as recorder:
+            loss = evaluate(self.step, self.parameters, self.buffers, batch)
+            calls = recorder.calls
+            grads = torch.autograd.grad(loss, [call.output for call in calls], allow_unused=True)
+        columns = dict(zip(self.names, out.split(self.sizes, dim=1), strict=True))
+        out.zero_()
+        for call, grad in zip(calls, grads, strict=True):
+            if grad is not None:
+                # the loss is a mean over all rows, a row is a mean over its own samples
+                columns[call.name].add_(call.rows(grad.detach(), len(out)).flatten(1), alpha=len(out))
+
+    def _agrees(self, fill: Callable[[Any, Tensor], None], batch: Any) -> bool:
+        count = min(2, batch_length(batch) // self.samples)
+        probe = slice_batch(batch, 0, count * self.samples)
+        expected, got = (torch.zeros(count, self.width, device=self.device) for _ in range(2))
+        self.loop(probe, expected)
+        try:
+            fill(probe, got)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, _NotOuter):
+            return False  # the module does not allow this way; the loop will do
+        return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max().clamp_min(1e-12))
+
+
+class _NotOuter(Exception):
+    """A layer whose row gradients are no plain product of inputs and output gradients."""
+
+
+class _Call:
+    """One call of a linear layer or convolution: its input, and the output whose gradient is asked for."""
+
+    def __init__(self, name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
+        self.name, self.layer, self.output = name, layer, output
+        self.given, self.version = given.detach(), given._version
+
+    def rows(self, grad: Tensor, rows: int) -> Tensor:
+        """Sum of (output gradient x input) over the samples of each row, shape (rows, *weight.shape)."""
+        if self.given._version != self.version:
+            raise _NotOuter(f"the input of {self.name} was overwritten in place")
+        if isinstance(self.layer, nn.Linear):
+            given, grads = (tensor.reshape(rows, -1, tensor.shape[-1]) for tensor in (self.given, grad))
+            return torch.bmm(grads.transpose(1, 2), given)
+        return _convolution_rows(self.layer, self.given, grad, rows)
+
+
+def _convolution_rows(layer: Any, given: Tensor, grad: Tensor, rows: int) -> Tensor:
+    """Row gradients of a 1-d or 2-d convolution; its patches meet its output gradients in one batched product."""
+    if isinstance(layer, nn.Conv1d):
+        given, grad = given.unsqueeze(2), grad.unsqueeze(2)
+    pair = (lambda value: (value[0], value[0])) if isinstance(layer, nn.Conv1d) else (lambda value: value)
+    kernel, stride, dilation = (
+        (1, v[0]) if isinstance(layer, nn.Conv1d) else v for v in (layer.kernel_size, layer.stride, layer.dilation)
+    )
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise _NotOuter("padding by name or by copies")
+    padding = (0, layer.padding[0]) if isinstance(layer, nn.Conv1d) else pair(layer.padding)
+    patches = functional.unfold(given, kernel, dilation, padding, stride)
+    groups, outputs = layer.groups, layer.out_channels // layer.groups
+    patches = patches.view(rows, -1, groups, patches.shape[1] // groups, patches.shape[2])
+    grads = grad.reshape(rows, -1, groups, outputs, patches.shape[-1])
+    product = torch.einsum("rsgol,rsgil->rgoi", grads, patches)
+    return product.reshape(rows, *layer.weight.shape)
+
+
+class _Recorder:
+    """Records the calls of the layers that own the named weights; raises where a name has no such layer."""
+
+    def __init__(self, step: nn.Module, names: Sequence[str]) -> None:
+        self.calls: list[_Call] = []
+        self._handles: list[Any] = []
+        wanted, owners = set(names), set()
+        for path, layer in step.named_modules(remove_duplicate=False):
+            name = canonical_name(f"{path}.weight").removeprefix("module.")
+            if name in wanted and name not in owners and isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                owners.add(name)
+                self._handles.append(layer.register_forward_hook(self._record(name)))
+        if owners != wanted or _shared(step, wanted):
+            self.__exit__()
+            raise _NotOuter(f"no linear layer or convolution of its own for {sorted(wanted - owners)}")
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _record(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self.calls.append(_Call(name, layer, args[0], output))
+            return output.clone()  # an in-place activation then leaves the recorded output alone
+
+        return hook
+
+
+def _shared(step: nn.Module, wanted: set[str]) -> bool:
+    """Whether a wanted weight is reached by a second name: its gradient would miss that layer's calls."""
+    seen: dict[int, int] = {}
+    chosen = set()
+    for name, parameter in step.named_parameters(remove_duplicate=False):
+        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+        if canonical_name(name).removeprefix("module.") in wanted:
+            chosen.add(id(parameter))
+    return any(seen[key] > 1 for key in chosen)
+
+
+def regroup(batches: Any, rows: int, samples_per_row: int, chunk_rows: int) -> Iterator[tuple[Any, int]]:
+    """Yield (batch, number of rows in it), cut and joined from `batches` so that rows never straddle two of them.
+
+    Args:
+        batches: batches of any length.
+        rows: rows to yield in all, at most.
+        samples_per_row: samples in one row.
+        chunk_rows: rows in one yielded batch, at most.
+    """
+    held: Any = None
+    left = rows
+    for batch in batches:
+        joined = batch if held is None else join_batches(held, batch)
+        if joined is None:  # ragged batches: each gives the whole rows it has
+            yield from _rows_of(held, min(left, chunk_rows, batch_length(held) // samples_per_row), samples_per_row)
+            left -= min(left, chunk_rows, batch_length(held) // samples_per_row)
+            joined = batch
+        held = joined
+        while left and batch_length(held) >= (size := min(left, chunk_rows) * samples_per_row):
+            yield slice_batch(held, 0, size), size // samples_per_row
+            left -= size // samples_per_row
+            held = slice_batch(held, size, batch_length(held))
+        if not left:
+            return
+    if held is not None:
+        yield from _rows_of(held, min(left, batch_length(held) // samples_per_row), samples_per_row)
+
+
+def _rows_of(batch: Any, count: int, samples_per_row: int) -> Iterator[tuple[Any, int]]:
+    if count:
+        yield slice_batch(batch, 0, count * samples_per_row), count
+
+
+def batch_length(batch: Any) -> int:
+    """Return the number of samples: the first dimension of the first tensor in the batch.
+
+    Raises:
+        ValueError: there is no tensor with a first dimension.
+    """
+    lengths = [tensor.shape[0] for tensor in _tensors(batch) if tensor.dim()]
+    if not lengths:
+        raise ValueError(
+            "a calibration batch has no tensor with a batch dimension. Give `loss_fn` and a loader of plain tensors."
+        )
+    return int(lengths[0])
+
+
+def slice_batch(batch: Any, start: int, stop: int) -> Any:
+    """Return samples start..stop-1 of every tensor that has the batch's length; everything else as it is."""
+    length = batch_length(batch)
+    return map_batch(batch, lambda tensor: tensor[start:stop], length)
+
+
+def join_batches(one: Any, two: Any) -> Any:
+    """Return the samples of `one` followed by those of `two`; None if their tensors differ in number or shape."""
+    first, second = list(_tensors(one)), list(_tensors(two))
+    same = len(first) == len(second) and all(a.shape[1:] == b.shape[1:] for a, b in zip(first, second, strict=True))
+    if not same:
+        return None
+    joined = iter([torch.cat([a, b]) if a.dim() else a for a, b in zip(first, second, strict=True)])
+    return map_batch(one, lambda tensor: next(joined))
+
+
+def map_batch(batch: Any, function: Callable[[Tensor], Tensor], length: int | None = None) -> Any:
+    """Apply `function` to every tensor of the tree (only to those of first dimension `length`, if given)."""
+    if isinstance(batch, Tensor):
+        return function(batch) if length is None or (batch.dim() and batch.shape[0] == length) else batch
+    if isinstance(batch, Mapping):
+        return {key: map_batch(value, function, length) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_batch(value, function, length) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_batch(value, function, length) for value in batch)
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _check_rows(part: Tensor, first: int) -> None:
+    finite = torch.isfinite(part).all(dim=1)
+    if not bool(finite.all()):
+        bad = first + int((~finite).nonzero()[0])
+        raise ValueError(f"gradient row {bad} is not finite. Check the loss on that part of the calibration data.")
