@@ -258,9 +258,9 @@ def png(receipt: Receipt) -> bytes | None:
     body = max(3.3, _PITCH * len(layers))
     figure = Figure(figsize=(_WIDTH, body + _TOP + _BOTTOM), facecolor="white", dpi=150)
     canvas = FigureCanvasAgg(figure)
-    title = shorten(headline(receipt), _TITLE_LENGTH)
-    figure.text(0.025, 1 - 0.3 / (body + _TOP + _BOTTOM), title, size=13, weight="bold", color=_INK, va="center",
-                parse_math=False)  # fmt: skip
+    title, height = shorten(headline(receipt), _TITLE_LENGTH), figure.get_figheight()
+    style = {"size": 13, "weight": "bold", "color": _INK, "va": "center", "parse_math": False}
+    figure.text(0.025, 1 - 0.3 / height, title, **style)
     _draw(figure, (2.8, 0.0, 3.0, body), "Weights kept per layer", layers)
     names = {"dense": "dense", "pruned": "pruned", "fine-tuned": "finetuned"}
     accuracy = {name: receipt.accuracy[key] for name, key in names.items()}
@@ -273,27 +273,24 @@ def png(receipt: Receipt) -> bytes | None:
 
 def layer_bars(layers: list[dict[str, Any]]) -> list[Bar]:
     """Return a bar per layer; beyond 60 layers the smallest share the last bar."""
-    shown = layers
-    if len(layers) > _MAX_BARS:
-        largest = sorted(range(len(layers)), key=lambda index: -layers[index]["total"])[: _MAX_BARS - 1]
-        rest = [layer for index, layer in enumerate(layers) if index not in set(largest)]
-        sums = {key: sum(layer[key] for layer in rest) for key in ("kept", "total")}
-        shown = [layers[index] for index in sorted(largest)] + [
-            {"name": f"{len(rest)} smaller layers", **sums}
-        ]
-    return [
-        (
-            name,
-            1 - _pruned_share(layer["kept"], layer["total"]),
-            f"{layer['kept']:,} of {layer['total']:,}",
-            _COLOURS["pruned"],
-        )
-        for name, layer in zip(_short_names([layer["name"] for layer in shown]), shown, strict=True)
+    names = _short_names([layer["name"] for layer in layers])
+    bars = [
+        _layer_bar(name, layer["kept"], layer["total"]) for name, layer in zip(names, layers, strict=True)
     ]
+    if len(layers) <= _MAX_BARS:
+        return bars
+    by_size = sorted(range(len(layers)), key=lambda index: -layers[index]["total"])
+    largest, rest = sorted(by_size[: _MAX_BARS - 1]), by_size[_MAX_BARS - 1 :]
+    kept, total = (sum(layers[index][key] for index in rest) for key in ("kept", "total"))
+    return [bars[index] for index in largest] + [_layer_bar(f"{len(rest)} smaller layers", kept, total)]
+
+
+def _layer_bar(name: str, kept: int, total: int) -> Bar:
+    return name, 1 - _pruned_share(kept, total), f"{kept:,} of {total:,}", _COLOURS["pruned"]
 
 
 def _short_names(names: list[str]) -> list[str]:
-    """Shorten names that are too long: first by the path they share, which tells nothing apart, then by the middle."""
+    """Shorten names that are too long: by the path they all share, which tells nothing apart, then in the middle."""
     folders = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
     if shared and len(names) > 1 and max(map(len, names)) > _NAME_LENGTH:

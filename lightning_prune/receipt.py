@@ -223,6 +223,7 @@ class Receipt:
         Returns:
             Paths of the files written.
         """
+        self._checked()
         image = views.png(self) if picture else None
         if picture and image is None:
             self._add_note(NO_PICTURE)
@@ -272,8 +273,8 @@ def honest_notes(receipt: Receipt, reason: str = "") -> list[str]:
     """Return the plain truths that belong into `receipt.notes`; the receipt itself stays as it is.
 
     Whether the target was met, by count: kept = total - floor(sparsity * total + 1e-9). That zeros in dense
-    tensors save no time, where nothing was physically removed. The measured medians. A missing compressed file
-    size.
+    tensors save no time, where nothing was physically removed. The measured medians. A compressed size that
+    is missing.
 
     Args:
         receipt: the filled receipt.
