@@ -259,7 +259,7 @@ def png(receipt: Receipt) -> bytes | None:
     figure = Figure(figsize=(_WIDTH, body + _TOP + _BOTTOM), facecolor="white", dpi=150)
     canvas = FigureCanvasAgg(figure)
     title, height = shorten(headline(receipt), _TITLE_LENGTH), figure.get_figheight()
-    style = {"size": 13, "weight": "bold", "color": _INK, "va": "center", "parse_math": False}
+    style: dict[str, Any] = {"size": 13, "weight": "bold", "color": _INK, "va": "center", "parse_math": False}
     figure.text(0.025, 1 - 0.3 / height, title, **style)
     _draw(figure, (2.8, 0.0, 3.0, body), "Weights kept per layer", layers)
     names = {"dense": "dense", "pruned": "pruned", "fine-tuned": "finetuned"}
@@ -290,7 +290,7 @@ def _layer_bar(name: str, kept: int, total: int) -> Bar:
 
 
 def _short_names(names: list[str]) -> list[str]:
-    """Shorten names that are too long: by the path they all share, which tells nothing apart, then in the middle."""
+    """Shorten names that are too long: by the path all share, which tells nothing apart, then in the middle."""
     folders = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
     if shared and len(names) > 1 and max(map(len, names)) > _NAME_LENGTH:
