@@ -138,7 +138,7 @@ def evaluate(
     loss = torch.func.functional_call(step, named, (batch, index), tie_weights=True)
     if check and not bool(torch.isfinite(loss)):
         raise ValueError(
-            f"the loss of calibration batch {index} is not finite, got {float(loss)}. Check loss and data."
+            f"the loss of calibration batch {index} is not finite, got {loss.detach().item()}. Check loss and data."
         )
     return loss
 

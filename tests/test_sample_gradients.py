@@ -1,0 +1,186 @@
+"""Gradient rows: the fast ways equal the plain loop, rows average samples, batches are cut and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_prune.objective import Objective
+from lightning_prune.sample_gradients import gradient_rows, join_batches, regroup, slice_batch
+
+
+def loss(module: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def weights(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
+
+
+def batches_of(inputs: Tensor, labels: Tensor, size: int) -> Callable[[int | None], Iterator[Any]]:
+    return lambda count: ((inputs[i : i + size], labels[i : i + size]) for i in range(0, len(inputs), size))
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.ReLU(True), nn.Dropout(0.5),
+        nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 9, 5),
+    ).double()  # fmt: skip
+
+
+def objective(module: nn.Module, shape: tuple[int, ...], count: int = 30, size: int = 8) -> Objective:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, *shape, generator=generator).double()
+    labels = torch.randint(5, (count,), generator=generator)
+    return Objective(module, batches_of(inputs, labels, size), loss)
+
+
+@pytest.mark.parametrize("way", ["outer", "vmap", "auto"])
+@pytest.mark.parametrize("samples", [1, 3, 10])
+def test_fast_ways_equal_the_loop(way: str, samples: int) -> None:
+    net = conv_net()
+    names = weights(net)
+    expected = gradient_rows(objective(net, (2, 8, 8)), names, 50, samples, torch.float64, "loop")
+    got = gradient_rows(objective(net, (2, 8, 8)), names, 50, samples, torch.float64, way)
+    assert got.shape == (30 // samples, sum(net.get_parameter(name).numel() for name in names))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-10)
+
+
+def test_linear_layers_over_sequences_equal_the_loop() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(torch.tanh(self.inner(x))).mean(1)
+
+    torch.manual_seed(0)
+    net = Words().double()
+    names = ["inner.weight", "outer.weight"]
+    rows = [gradient_rows(objective(net, (6, 3)), names, 9, 2, torch.float64, way) for way in ("loop", "outer")]
+    assert torch.allclose(rows[0], rows[1], rtol=0, atol=1e-12)
+
+
+def test_a_layer_called_twice_adds_both_calls() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(5, 5)
+    net = nn.Sequential(shared, nn.Tanh(), shared).double()
+    rows = [gradient_rows(objective(net, (5,)), ["0.weight"], 9, 1, torch.float64, way) for way in ("loop", "auto")]
+    assert torch.allclose(rows[0], rows[1], rtol=0, atol=1e-12)
+
+
+def test_the_mean_of_all_rows_is_the_full_batch_gradient() -> None:
+    net = conv_net()
+    names = weights(net)
+    source = objective(net, (2, 8, 8), count=12, size=12)
+    rows = gradient_rows(source, names, 12, 1, torch.float64)
+    net.eval()
+    (batch,) = source.batches(None)
+    grads = torch.autograd.grad(loss(net, batch), [net.get_parameter(name) for name in names])
+    assert torch.allclose(rows.mean(0), torch.cat([grad.flatten() for grad in grads]), rtol=0, atol=1e-12)
+
+
+def test_a_sum_reduced_loss_falls_back_to_rows_that_equal_the_loop() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 5).double()
+    source = objective(net, (4,))
+    source.loss_fn = lambda module, batch: functional.cross_entropy(module(batch[0]), batch[1], reduction="sum")
+    rows = [gradient_rows(source, ["weight"], 7, 3, torch.float64, way) for way in ("loop", "auto")]
+    assert torch.allclose(rows[0], rows[1], rtol=0, atol=1e-12)
+
+
+def test_a_loss_with_python_control_flow_falls_back_to_the_loop() -> None:
+    torch.manual_seed(0)
+    net = nn.Bilinear(4, 4, 5).double()  # no linear layer, so no outer products
+    source = objective(net, (4,))
+
+    def branching(module: nn.Module, batch: Any) -> Tensor:
+        value = functional.cross_entropy(module(batch[0], batch[0]), batch[1])
+        return value * 2 if value.detach().item() > 1 else value
+
+    source.loss_fn = branching
+    rows = [gradient_rows(source, ["weight"], 7, 2, torch.float64, way) for way in ("loop", "auto")]
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_nothing_of_the_module_changes() -> None:
+    net = conv_net().train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.get_rng_state()
+    gradient_rows(objective(net, (2, 8, 8)), weights(net), 8, 2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert net.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert not net[0]._forward_hooks
+
+
+def test_storage_in_bfloat16_rounds_the_rows() -> None:
+    net = conv_net()
+    exact = gradient_rows(objective(net, (2, 8, 8)), weights(net), 8, 2, torch.float64)
+    stored = gradient_rows(objective(net, (2, 8, 8)), weights(net), 8, 2, torch.bfloat16)
+    assert stored.dtype == torch.bfloat16
+    assert torch.allclose(stored.double(), exact, rtol=1e-2, atol=1e-6)
+
+
+def test_batches_are_joined_and_cut_into_whole_rows() -> None:
+    source = [torch.arange(i, i + 5) for i in range(0, 20, 5)]
+    parts = list(regroup(source, rows=6, samples_per_row=3, chunk_rows=4))
+    assert [count for _, count in parts] == [4, 2]
+    assert torch.cat([part for part, _ in parts]).tolist() == list(range(18))
+
+
+def test_ragged_batches_give_the_whole_rows_they_have() -> None:
+    source = [torch.zeros(5, 2), torch.ones(4, 3)]
+    parts = list(regroup(source, rows=9, samples_per_row=2, chunk_rows=8))
+    assert [(tuple(part.shape), count) for part, count in parts] == [((4, 2), 2), ((4, 3), 2)]
+
+
+def test_slicing_leaves_what_is_no_sample_alone() -> None:
+    batch = {"x": torch.arange(6).view(3, 2), "scale": torch.tensor(2.0), "tag": "a"}
+    part = slice_batch(batch, 1, 3)
+    assert part["x"].tolist() == [[2, 3], [4, 5]]
+    assert part["scale"].item() == 2.0
+    assert part["tag"] == "a"
+    assert join_batches(batch, part)["x"].shape == (5, 2)
+
+
+def test_too_few_samples_for_a_row_are_refused() -> None:
+    net = nn.Linear(4, 5).double()
+    with pytest.raises(ValueError, match="fewer than `samples_per_row`=31"):
+        gradient_rows(objective(net, (4,)), ["weight"], 3, 31)
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    net = nn.Linear(4, 5)
+    source = Objective(net, lambda count: ["text"], loss)
+    with pytest.raises(ValueError, match="no tensor with a batch dimension"):
+        gradient_rows(source, ["weight"], 3, 1)
+
+
+def test_a_gradient_that_is_not_finite_names_its_row() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 5).double()
+    inputs = torch.randn(6, 4).double()
+    inputs[4] = float("inf")
+    source = Objective(
+        net, batches_of(inputs, torch.zeros(6, dtype=torch.long), 6), lambda m, b: m(b[0]).square().mean(1)[0:1].sum()
+    )
+    with pytest.raises(ValueError, match=r"not finite|row 4"):
+        gradient_rows(source, ["weight"], 6, 1, way="loop")
+
+
+@pytest.mark.parametrize(("argument", "value"), [("rows", 0), ("samples_per_row", 0), ("way", "magic")])
+def test_bad_arguments_are_named(argument: str, value: Any) -> None:
+    net = nn.Linear(4, 5).double()
+    arguments = {"rows": 2, "samples_per_row": 1, "way": "auto", argument: value}
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        gradient_rows(objective(net, (4,)), ["weight"], **arguments)
