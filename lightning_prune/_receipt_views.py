@@ -290,7 +290,7 @@ def _layer_bar(name: str, kept: int, total: int) -> Bar:
 
 
 def _short_names(names: list[str]) -> list[str]:
-    """Shorten names that are too long: by the path all share, which tells nothing apart, then in the middle."""
+    """Shorten names that are too long: first by the path all share, then in the middle."""
     folders = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
     if shared and len(names) > 1 and max(map(len, names)) > _NAME_LENGTH:
