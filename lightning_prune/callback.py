@@ -29,6 +29,7 @@ from lightning_prune.fit import (
     position_of,
     same_on_all_ranks,
     shadow_modules,
+    steps_before_epoch,
 )
 from lightning_prune.masks import DTensor, MaskManager, full
 from lightning_prune.objective import Objective
@@ -118,6 +119,7 @@ class PruningCallback(Callback):
         self.history: list[dict[str, Any]] = []
         self._pending: dict[str, Any] | None = None
         self._bound: weakref.ref[nn.Module] | None = None
+        self._fitting: weakref.ref[nn.Module] | None = None
         self._primary = True
         self._recorder = ForwardRecorder()
         self.receipt = None
@@ -128,6 +130,7 @@ class PruningCallback(Callback):
         if stage != "fit":
             return
         check_strategy(trainer)
+        self._fitting = weakref.ref(pl_module)
         self._primary = next(c for c in trainer.callbacks if isinstance(c, PruningCallback)) is self
         if self._primary:
             MaskManager.of(pl_module).detach()
@@ -148,11 +151,15 @@ class PruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._pending is not None:
             return self._pending
-        module = None if self._bound is None else self._bound()
-        masks = MaskManager.of(module).state_dict() if module is not None and self._primary else {}
+        module = self._module_of_this_fit()
+        if module is None:
+            return {"version": STATE_VERSION, "method": self.method, "bound": False}
+        masks = MaskManager.of(module).state_dict() if self._primary else {}
         return {
             "version": STATE_VERSION,
             "method": self.method,
+            "bound": True,
+            "primary": self._primary,
             "done": self.finished,
             "events": self.events,
             "last_step": self.last_step,
@@ -162,15 +169,22 @@ class PruningCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = dict(state_dict)  # bound in on_train_start: the module may not be whole yet
+        # kept until on_train_start, when the module is whole; a state saved before that (by a learning rate finder) is empty
+        self._pending = dict(state_dict) if state_dict.get("bound", True) else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        resumed = self._pending is not None
-        position = position_of(trainer, pl_module)
-        manager = self._bind(trainer, pl_module)
-        self.check_fit(trainer, position, resumed or self.events > 0)
-        manager.attach(trainer.optimizers)
+        targets = select(pl_module, self.include, self.exclude)
+        self._check_module(pl_module, targets)
+        resumed = self._pending is not None or self.events > 0
+        manager = MaskManager.of(pl_module)
+        if self._pending is not None:
+            self._restore(manager)
+        self._bound = weakref.ref(pl_module)
+        self.check_fit(trainer, position_of(trainer, pl_module), resumed)
+        manager.attach(trainer.optimizers, mask_state=False)
         manager.shadows = lambda: shadow_modules(trainer)
+        if self.masks_from_zeros and not resumed and not manager.masks:
+            manager.set_masks({name: full(weight.detach()) != 0 for name, weight in targets.items()})
         self._recorder.watch(pl_module)
         self._act(trainer, pl_module)
 
@@ -194,8 +208,9 @@ class PruningCallback(Callback):
                 "written so far are those of the network before."
             )
             self._act(trainer, pl_module, over=True)
+        self._recorder.forget()
         self._write_receipt(trainer, pl_module)
-        self._release(pl_module)
+        # enforcement lasts until teardown: other callbacks may still prune, or copy averaged weights, after this one
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release(pl_module)
@@ -218,25 +233,23 @@ class PruningCallback(Callback):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `extra_state` gave."""
 
-    def _bind(self, trainer: Trainer, pl_module: LightningModule) -> MaskManager:
-        """Meet the module of this fit: restored weights are in place, so masks can be put in force."""
-        manager = MaskManager.of(pl_module)
-        targets = select(pl_module, self.include, self.exclude)
+    def _module_of_this_fit(self) -> nn.Module | None:
+        """The bound module, unless another fit with another module has begun."""
+        module = None if self._bound is None else self._bound()
+        return module if self._fitting is None or self._fitting() is module else None
+
+    def _check_module(self, pl_module: LightningModule, targets: Mapping[str, nn.Parameter]) -> None:
         if not self.shards and any(isinstance(p, DTensor) for p in targets.values()):
             raise MisconfigurationException(
-                f"{self.method} cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use a magnitude method."
+                f"{self.method} cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use a "
+                "magnitude method."
             )
-        if self._pending is not None:
-            self._restore(manager)
-        elif self._bound is not None and self._bound() is not pl_module and not manager.masks:
+        another = self._bound is not None and self._bound() is not pl_module
+        if another and self.events > 0 and self._pending is None and not MaskManager.of(pl_module).masks:
             raise MisconfigurationException(
-                f"this {type(self).__name__} has pruned another module. Call its reset() to prune this one anew, or carry the masks over: "
-                "MaskManager.of(new).set_masks(MaskManager.of(old).masks)."
+                f"this {type(self).__name__} has pruned another module. Call its reset() to prune this one anew, or carry the "
+                "masks over: MaskManager.of(new).set_masks(MaskManager.of(old).masks)."
             )
-        elif self.masks_from_zeros and self.events == 0 and not manager.masks:
-            manager.set_masks({name: full(weight.detach()) != 0 for name, weight in targets.items()})
-        self._bound = weakref.ref(pl_module)
-        return manager
 
     def _restore(self, manager: MaskManager) -> None:
         state, self._pending = self._pending or {}, None
@@ -245,7 +258,7 @@ class PruningCallback(Callback):
                 f"the checkpoint's state {self.state_key!r} is of method {state.get('method')!r}, this callback is {self.method!r}. "
                 "Use the same method to resume, or another `name`."
             )
-        if state["masks"]:
+        if state["primary"]:  # the one that holds the masks of all; none in force is a state too
             manager.load_state_dict(state["masks"])
         self.events, self.last_step = int(state["events"]), int(state["last_step"])
         self.history = [dict(event) for event in state["history"]]
@@ -371,23 +384,31 @@ class OneShotPruning(PruningCallback):
         self.last_step = position.step
 
     def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
-        for moment in self.moments[self.events :]:
-            when = moment.when
-            if isinstance(when, int) and trainer.max_epochs not in (None, -1) and when >= int(trainer.max_epochs or 0):
+        for moment in [] if trainer.fast_dev_run else self.moments[self.events :]:
+            if isinstance(moment.when, float) and position.progress is None:
                 raise MisconfigurationException(
-                    f"`at`={when} lies beyond the fit of {trainer.max_epochs} epochs. Lower it, train longer, or use at='end'."
+                    f"`at`={moment.when} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1). "
+                    "Give epochs (int)."
                 )
-            if isinstance(when, float) and position.progress is None:
+            self._check_not_beyond(trainer, moment, position)
+            if position.step > 0 and not resumed and _is_past(moment, position):
                 raise MisconfigurationException(
-                    f"`at`={when} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1). Give epochs (int)."
+                    f"`at`={moment.when!r} lies before step {position.step}, at which this fit goes on from a checkpoint that was "
+                    "not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `at`."
                 )
-            past = (
-                when == "start"
-                or (isinstance(when, int) and when < position.epoch)
-                or (isinstance(when, float) and moment.reached(position))
+
+    def _check_not_beyond(self, trainer: Trainer, moment: Moment, position: Position) -> None:
+        if not isinstance(moment.when, int) or position.total_steps is None:
+            return
+        first = steps_before_epoch(trainer, trainer.lightning_module, moment.when)
+        if first is not None and first >= position.total_steps > 0:
+            raise MisconfigurationException(
+                f"`at`={moment.when} epochs lies beyond the fit, which ends after {position.total_steps} steps "
+                f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Lower it, train longer, or use at='end'."
             )
-            if past and position.step > 0 and not resumed:
-                raise MisconfigurationException(
-                    f"`at`={when!r} lies before step {position.step}, at which this fit goes on from a checkpoint that was not pruned. Load the "
-                    "weights without `ckpt_path` (a fit of its own), or choose a later `at`."
-                )
+
+
+def _is_past(moment: Moment, position: Position) -> bool:
+    if isinstance(moment.when, int):
+        return moment.when < position.epoch
+    return moment.when != "end" and moment.reached(position)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -20,20 +21,39 @@ def position_of(trainer: Trainer, pl_module: LightningModule, over: bool = False
     """Return where the fit stands.
 
     Steps are optimizer steps; with manual optimization, where one batch may step several optimizers several times, they
-    are training batches. The length is None if Lightning does not know it (`max_epochs=-1`, a data stream without length).
+    are training batches. The length is None if it cannot be known (`max_epochs=-1`, a data stream without length).
+
+    Args:
+        over: the fit has ended, be it before its planned length.
     """
-    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    if pl_module.automatic_optimization:
-        step, total = trainer.global_step, _finite(trainer.estimated_stepping_batches)
-    else:
-        step, total = batches, _finite((trainer.max_epochs or 0) * trainer.num_training_batches)
+    automatic = pl_module.automatic_optimization
+    step = trainer.global_step if automatic else trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    total = total_steps(trainer, pl_module)
     progress = None if total is None else min(1.0, step / total)
     ended = over or (total is not None and step >= total) or 0 < trainer.max_steps <= trainer.global_step
     return Position(step, trainer.current_epoch, 1.0 if over else progress, total, ended)
 
 
-def _finite(value: float) -> int | None:
-    return int(value) if value > 0 and math.isfinite(value) else None
+def total_steps(trainer: Trainer, pl_module: LightningModule) -> int | None:
+    """Return the optimizer steps (batches, with manual optimization) of the whole fit; None if it has no known length."""
+    limits = [] if trainer.max_steps < 1 or not pl_module.automatic_optimization else [trainer.max_steps]
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        whole = steps_before_epoch(trainer, pl_module, trainer.max_epochs)
+        limits += [] if whole is None else [whole]
+    return min(limits, default=None)
+
+
+def steps_before_epoch(trainer: Trainer, pl_module: LightningModule, epoch: int) -> int | None:
+    """Return the steps taken when `epoch` epochs are done, at the accumulation each of them uses; None if not known."""
+    batches = trainer.num_training_batches
+    if not math.isfinite(batches):
+        return None
+    if not pl_module.automatic_optimization:
+        return epoch * int(batches)
+    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    if not schedules:
+        return epoch * math.ceil(batches / trainer.accumulate_grad_batches)
+    return sum(math.ceil(batches / schedules[0].get_accumulate_grad_batches(done)) for done in range(epoch))
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -60,9 +80,7 @@ def calibration_source(
     seed = seed * 1_000_003 + event
 
     def batches(count: int | None) -> Iterable[Any]:
-        own = map_loaders(
-            source, lambda leaf: calibration_loader(leaf, seed, trainer.global_rank, trainer.world_size)
-        )
+        own = map_loaders(source, lambda leaf: calibration_loader(leaf, seed, trainer.global_rank, trainer.world_size))
         for batch in read_batches(own, count, seed):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -84,9 +102,7 @@ def same_on_all_ranks(proposal: Proposal, device: torch.device) -> Proposal:
     """Return rank 0's proposal on every rank: scores differ in the last bit between ranks, masks must not differ at all."""
     if _ranks() == 1:
         return proposal
-    masks = {
-        name: _from_first_rank(mask.to(device, torch.uint8)).bool() for name, mask in proposal.masks.items()
-    }
+    masks = {name: _from_first_rank(mask.to(device, torch.uint8)).bool() for name, mask in proposal.masks.items()}
     weights = None
     if proposal.weights is not None:
         weights = {name: _from_first_rank(weight.to(device)) for name, weight in proposal.weights.items()}
@@ -133,11 +149,7 @@ class ForwardRecorder:
                 if isinstance(given, Mapping)
                 else (given if isinstance(given, tuple) else (given,), {})
             )
-        elif (
-            self.example is None
-            and self._handle is None
-            and getattr(module, "_compiled_call_impl", None) is None
-        ):
+        elif self.example is None and self._handle is None and getattr(module, "_compiled_call_impl", None) is None:
             self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def forget(self) -> None:

@@ -24,6 +24,7 @@ class RNGState(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._loaded: list[dict[str, Any]] | None = None
+        self._between_epochs = False
 
     @property
     def state_key(self) -> str:
@@ -36,7 +37,23 @@ class RNGState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = list(state_dict["ranks"])
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = None  # of a test run with `ckpt_path`
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        self._between_epochs = bool(progress.get("is_last_batch", False))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # between epochs the uninterrupted run draws the next order of the data after saving; a resumed one draws it now,
+        # before on_train_start
+        if self._between_epochs:
+            self._restore(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
         if self._loaded is not None and trainer.global_rank < len(self._loaded):
             set_rng_states(self._loaded[trainer.global_rank])
         self._loaded = None

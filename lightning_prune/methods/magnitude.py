@@ -46,11 +46,7 @@ def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
     if pattern is None:
         return None
     parts = pattern.split(":") if isinstance(pattern, str) else []
-    if (
-        len(parts) != 2
-        or not all(part.strip().isdigit() for part in parts)
-        or not 1 <= int(parts[0]) < int(parts[1])
-    ):
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts) or not 1 <= int(parts[0]) < int(parts[1]):
         raise ValueError(f"`pattern` must be 'N:M' with 1 <= N < M, such as '2:4', got {pattern!r}.")
     return int(parts[0]), int(parts[1])
 
@@ -146,9 +142,7 @@ class GradualMagnitude(PruningCallback):
         self.sparsity = check_fraction("sparsity", sparsity)
         self.initial_sparsity = check_fraction("initial_sparsity", initial_sparsity)
         if self.initial_sparsity > self.sparsity:
-            raise ValueError(
-                f"`initial_sparsity` must not exceed `sparsity`={sparsity}, got {initial_sparsity}."
-            )
+            raise ValueError(f"`initial_sparsity` must not exceed `sparsity`={sparsity}, got {initial_sparsity}.")
         self.begin, self.end = check_bound("begin", begin), check_bound("end", end)
         self.every_n_steps = check_integer("every_n_steps", every_n_steps, 1, "It counts optimizer steps.")
         if type(begin) is type(end) and begin > end:
@@ -165,6 +159,9 @@ class GradualMagnitude(PruningCallback):
         return self._bounds is not None and self.last_step >= self._bounds[1]
 
     def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
+        if trainer.fast_dev_run:
+            self._bounds = (0, position.total_steps or 1)
+            return
         try:
             self._bounds = self._ramp.bounds(position.total_steps)
         except ValueError as error:
@@ -176,9 +173,11 @@ class GradualMagnitude(PruningCallback):
             )
 
     def due(self, position: Position) -> float | None:
-        """The schedule's value at the last grid point reached, if it has not been acted on."""
-        if self._bounds is None:
+        """The schedule's value at the last grid point reached, if it has not been acted on; the final one at the end."""
+        if self._bounds is None or self.finished:
             return None
+        if position.ended:
+            return self.sparsity
         coming = self._ramp.next_due(self.last_step, self._bounds)
         return None if coming is None or position.step < coming else self.sparsity_at(position.step)
 
@@ -191,7 +190,5 @@ class GradualMagnitude(PruningCallback):
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w|."""
         return Proposal(
-            keep_top(
-                magnitude_scores(context.weights), context.target, self.scope, self.layer_floor, context.alive
-            )
+            keep_top(magnitude_scores(context.weights), context.target, self.scope, self.layer_floor, context.alive)
         )
