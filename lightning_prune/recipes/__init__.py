@@ -1,0 +1,1 @@
+"""What the command line needs to run out of the box: a classifier, reference networks and data modules."""

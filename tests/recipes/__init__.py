@@ -1,0 +1,1 @@
+"""Tests of the recipes: networks, data modules, the classifier and their configurations."""
