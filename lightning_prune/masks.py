@@ -32,6 +32,7 @@ except ImportError:  # torch 2.4 keeps it in a private place
 
 FORMAT = "lightning_prune.masks"
 Projection = Callable[[torch.optim.Optimizer], None]
+Pairs = tuple[list[Tensor], list[Tensor]]
 
 _managers: weakref.WeakKeyDictionary[nn.Module, MaskManager] = weakref.WeakKeyDictionary()
 
@@ -49,7 +50,8 @@ class MaskManager:
         self._module = weakref.ref(module)
         self._masks: dict[str, Tensor] = {}
         self._runtime: dict[str, Tensor] = {}
-        self._pairs: dict[int, tuple[list[nn.Parameter], list[Tensor]]] = {}
+        self._pairs: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Pairs]]
+        self._pairs = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self.version = 0
@@ -96,27 +98,24 @@ class MaskManager:
             weights: new values for kept weights by the same names and shapes; None keeps the values.
             regrow: replace the masks in force instead of intersecting; weights that come back start at 0.
         Raises:
-            ValueError: unknown name, wrong shape or dtype, or non-finite weights; nothing has changed then.
+            ValueError: unknown name, wrong shape or dtype, weights without a mask, or non-finite weights; nothing has
+                changed then.
         """
         parameters = named_tensors(self.module)
-        masks = self._checked(masks, parameters, "masks")
-        values = self._checked(weights or {}, parameters, "weights")
-        for name, mask in masks.items():
-            if mask.dtype != torch.bool:
-                raise ValueError(
-                    f"mask {name!r} must be bool (True = kept), got {mask.dtype}. Compare or cast it first."
-                )
+        masks = self._checked_masks(masks, parameters)
+        values = {
+            name: like(value, parameters[name])  # finite in the parameter's own dtype, or refused
+            for name, value in self._checked(weights or {}, parameters, "weights").items()
+        }
+        for name in values.keys() - masks.keys():
+            raise ValueError(f"`weights` entry {name!r} comes without a mask. Give both, or neither.")
+        for name in masks:
             check_finite(name, values.get(name, parameters[name].detach()))
-        merged = {}
-        for name, mask in masks.items():
-            mask = mask.detach().to(local(parameters[name]).device).clone()
-            merged[name] = (
-                mask if regrow or name not in self._masks else mask & self._masks[name].to(mask.device)
-            )
-        self._masks.update(merged)
-        self._build_runtime(parameters)
-        self._write(parameters, {name: value for name, value in values.items() if name in merged})
-        self.version += 1
+        merged = {
+            name: mask if regrow or name not in self._masks else mask & self._masks[name].to(mask.device)
+            for name, mask in masks.items()
+        }
+        self._commit(parameters, {**self._masks, **merged}, values)
 
     def clear(self) -> None:
         """Forget all masks; weights keep their values and may grow from now on."""
@@ -149,19 +148,32 @@ class MaskManager:
         if found:
             torch._foreach_mul_([grad for grad, _ in found], [mask for _, mask in found])
 
-    def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Enforce the masks after every step of `optimizers`, with one post hook each, from now on."""
-        self.detach()
-        self._optimizers = list(optimizers)
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
-        self._build_runtime(named_tensors(self.module))
-        self._write(named_tensors(self.module), {})
+    def attach(self, optimizers: Sequence[torch.optim.Optimizer], mask_state: bool = True) -> None:
+        """Enforce the masks after every step of `optimizers`, with one post hook each, from now on.
+
+        Args:
+            optimizers: all that update the module.
+            mask_state: zero their state for pruned weights too; a resume leaves it, bit for bit, as it was saved.
+        """
+        parameters = named_tensors(self.module)
+        self._runtime = self._in_layout_of(parameters, self._masks)
+        self._remove_hooks()
+        self._optimizers = list(dict.fromkeys(optimizers))
+        self._handles = [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+        if mask_state:
+            self._write(parameters, {})
+        else:
+            self.apply()
 
     def detach(self) -> None:
-        """Remove every hook; masks and weights stay as they are."""
+        """Remove every hook, projection and averaged copy; masks and weights stay as they are."""
+        self._remove_hooks()
+        self.shadows, self.projections = tuple, []
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._optimizers, self.shadows, self.projections = [], [], tuple, []
+        self._handles, self._optimizers = [], []
         self._pairs.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -175,7 +187,8 @@ class MaskManager:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, holds something else, or belongs to another model; nothing has changed then.
+            ValueError: the file is damaged, holds something else, or belongs to another model; nothing has changed
+                then.
         """
         self.set_masks(read_masks(path), regrow=regrow)
 
@@ -185,23 +198,23 @@ class MaskManager:
 
     def load_state_dict(self, masks: Mapping[str, Tensor]) -> None:
         """Put exactly these masks in force, whatever was before (a checkpoint may lie in the past)."""
-        keep = self._checked(masks, named_tensors(self.module), "masks")
-        self.set_masks(masks, regrow=True)
-        for name in self._masks.keys() - keep.keys():
-            del self._masks[name], self._runtime[name]
-        self._pairs.clear()
+        parameters = named_tensors(self.module)
+        checked = self._checked_masks(masks, parameters)
+        for name in checked:
+            check_finite(name, parameters[name].detach())
+        self._commit(parameters, checked, {})
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for project in self.projections:
             project(optimizer)
         self.apply(optimizer)
 
-    def _checked(
-        self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str
-    ) -> dict[str, Tensor]:
+    def _checked(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         first = aliases(self.module)
-        checked = {}
+        checked: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"`{what}` entry {name!r} must be a tensor, got {type(tensor).__name__}.")
             key = first.get(canonical_name(name))
             if key is None:
                 seen = ", ".join(list(parameters)[:20])
@@ -213,52 +226,96 @@ class MaskManager:
                     f"`{what}` entry {name!r} must have the parameter's shape {tuple(parameters[key].shape)}, "
                     f"got {tuple(tensor.shape)}. It belongs to another model."
                 )
+            if key in checked and not torch.equal(checked[key], tensor):
+                raise ValueError(f"`{what}` names the tied tensor {key!r} twice with different values. Give one.")
             checked[key] = tensor
         return checked
 
-    def _build_runtime(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Masks in the weights' own dtype, device and layout: `foreach` is slow on mixed dtypes, bool multiplies slowly."""
-        self._pairs.clear()
-        for name, mask in self._masks.items():
-            self._runtime[name] = like(mask, parameters[name])
+    def _checked_masks(self, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of `masks` by canonical name on the parameters' devices."""
+        checked = self._checked(masks, parameters, "masks")
+        for name, mask in checked.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(
+                    f"mask {name!r} must be bool (True = kept), got {mask.dtype}. Compare or cast it first."
+                )
+        return {name: mask.detach().to(local(parameters[name]).device).clone() for name, mask in checked.items()}
 
-    def _pairs_of(self, optimizer: torch.optim.Optimizer | None) -> tuple[list[nn.Parameter], list[Tensor]]:
+    def _commit(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masks: dict[str, Tensor],
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Put exactly `masks` in force; all that can fail comes before the first change."""
+        runtime = self._in_layout_of(parameters, masks)
+        self._masks, self._runtime = masks, runtime
+        self._write(parameters, values)
+        self.version += 1
+
+    def _in_layout_of(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks in the weights' dtype, device and strides: `foreach` is slow on mixed dtypes and on bool."""
+        for name, mask in masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                raise RuntimeError(
+                    f"{name!r} has been removed or reshaped since it was masked. Call MaskManager.of(module).clear()."
+                )
+        return {name: like(mask, parameters[name]) for name, mask in masks.items()}
+
+    def _pairs_of(self, optimizer: torch.optim.Optimizer | None) -> Pairs:
         """(weights, masks) that `optimizer` updates; tensors without a pruned entry cost nothing."""
-        if id(optimizer) not in self._pairs:
-            owned = (
-                None
-                if optimizer is None
-                else {id(p) for group in optimizer.param_groups for p in group["params"]}
-            )
-            parameters = named_tensors(self.module)
-            names = [
-                name
-                for name, mask in self._masks.items()
-                if (owned is None or id(parameters[name]) in owned) and not bool(mask.all())
-            ]
-            self._pairs[id(optimizer)] = (
-                [parameters[name] for name in names],
-                [self._runtime[name] for name in names],
-            )
-        return self._pairs[id(optimizer)]
+        if optimizer is None:
+            return self._find_pairs(None)
+        size = sum(len(group["params"]) for group in optimizer.param_groups)  # grows when layers are unfrozen
+        cached = self._pairs.get(optimizer)
+        if cached is None or cached[0] != size:
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            cached = self._pairs[optimizer] = (size, self._find_pairs(owned))
+        return cached[1]
+
+    def _find_pairs(self, owned: set[int] | None) -> Pairs:
+        parameters = named_tensors(self.module)
+        names = [
+            name
+            for name, mask in self._masks.items()
+            if (owned is None or id(parameters[name]) in owned) and not bool(mask.all())
+        ]
+        return [parameters[name] for name in names], [self._runtime[name] for name in names]
 
     @torch.no_grad()
     def _write(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+        self._pairs.clear()
         for name, value in values.items():
-            parameters[name].copy_(like(value, parameters[name]))
+            parameters[name].copy_(value)
         self.apply()
-        for name, mask in self._runtime.items():
-            for optimizer in self._optimizers:
+        for optimizer in self._optimizers:
+            for name, mask in self._runtime.items():
                 for state in optimizer.state.get(parameters[name], {}).values():
                     if isinstance(state, Tensor) and state.shape == mask.shape:
-                        state.mul_(mask.to(state.dtype))
+                        _zero_pruned(state, mask)
+            if isinstance(optimizer, torch.optim.LBFGS):
+                self._mask_curvature(optimizer)
         for shadow in self.shadows():
-            self._mask_shadow(shadow)
+            for name, parameter in named_tensors(shadow).items():
+                if name in self._masks and parameter.shape == self._masks[name].shape:
+                    _zero_pruned(parameter, like(self._masks[name], parameter))
 
-    def _mask_shadow(self, shadow: nn.Module) -> None:
-        for name, parameter in named_tensors(shadow).items():
-            if name in self._masks and parameter.shape == self._masks[name].shape:
-                parameter.mul_(like(self._masks[name], parameter))
+    def _mask_curvature(self, optimizer: torch.optim.LBFGS) -> None:
+        """LBFGS keeps directions of all parameters end to end; unmasked they move dead weights in its line search."""
+        masks = {id(p): self._runtime[name] for name, p in named_tensors(self.module).items() if name in self._runtime}
+        updated = [p for group in optimizer.param_groups for p in group["params"]]
+        flat = torch.cat([masks.get(id(p), torch.ones_like(p)).flatten() for p in updated])
+        for state in optimizer.state.values():
+            for value in state.values():
+                for tensor in value if isinstance(value, list) else [value]:
+                    if isinstance(tensor, Tensor) and tensor.shape == flat.shape:
+                        _zero_pruned(tensor, flat)
+
+
+def _zero_pruned(tensor: Tensor, mask: Tensor) -> None:
+    """Zero where `mask` is 0, in place: also an infinite second moment, which a product would turn into NaN."""
+    if tensor.is_floating_point():
+        local(tensor).masked_fill_(local(mask) == 0, 0)
 
 
 def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -269,9 +326,7 @@ def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: the file is truncated, damaged, or no mask file.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no mask file {os.fspath(path)!r}. Write one with MaskManager.of(module).save(path)."
-        )
+        raise FileNotFoundError(f"no mask file {os.fspath(path)!r}. Write one with MaskManager.of(module).save(path).")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -306,8 +361,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a full tensor in the dtype, device and sharding of `parameter`."""
-    tensor = tensor.detach().to(device=local(parameter).device, dtype=parameter.dtype)
+    """Return a copy of a full tensor in the dtype, device, strides and sharding of `parameter`."""
+    tensor = tensor.detach()
     if isinstance(parameter, DTensor):
+        tensor = tensor.to(device=local(parameter).device, dtype=parameter.dtype)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
+    return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
