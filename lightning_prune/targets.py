@@ -1,28 +1,32 @@
 """Which tensors may be pruned: by module type and name patterns.
 
-By default the `weight` of Linear, Conv1-3d, ConvTranspose1-3d and transformers' Conv1D; no bias, norm or embedding. Tensors
-are chosen by module type and name, never by `requires_grad`: a backbone that is frozen today is trained tomorrow.
+By default the `weight` of Linear, Conv1-3d, ConvTranspose1-3d and transformers' Conv1D; no bias, norm or embedding.
+Tensors are chosen by module type and name, never by `requires_grad`: a backbone frozen today is trained tomorrow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PRUNABLE = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+MASKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _SEEN_LIMIT = 40
 
 
 def canonical_name(name: str) -> str:
     """Return a parameter or module name without the `_orig_mod.` parts that `torch.compile` inserts."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def named_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,14 +48,16 @@ def check_patterns(name: str, patterns: str | Iterable[str] | None) -> tuple[str
     """Return `patterns` as a tuple of strings (one string counts as one pattern); None stays None."""
     if patterns is None:
         return None
-    items = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    items: tuple[Any, ...] = (
+        tuple(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else (patterns,)
+    )
     if not all(isinstance(item, str) and item for item in items):
         raise ValueError(f"`{name}` must hold names or patterns such as 'encoder.*', got {items!r}.")
     return tuple(str(item) for item in items)
 
 
 def select(
-    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    module: nn.Module, include: Sequence[str] | str | None = None, exclude: Sequence[str] | str = ()
 ) -> dict[str, nn.Parameter]:
     """Return the prunable parameters of `module` by canonical name, in the order of `named_parameters`.
 
@@ -65,36 +71,48 @@ def select(
         exclude: what may not, taken away last.
     Raises:
         ValueError: a pattern matches nothing, nothing is left, or a selected tensor cannot carry a mask
-            (lazy, parametrized, weight-normed, pruned by torch.nn.utils.prune, integer).
+            (lazy, parametrized, weight-normed, pruned by torch.nn.utils.prune, quantized, integer).
     """
     names = _names_by_parameter(module)
+    hidden, sources = _hidden_weights(module), _source_parameters(module)
+    names.update({name: [name] for name in hidden})
     default = _default_parameters(module)
-    _refuse_hidden_weights(module, include, exclude)
-    chosen = dict.fromkeys(default) if include is None else {}
-    for pattern in include or ():
-        found = [
-            key
-            for key, every in names.items()
-            if _matches(pattern, every) and (key in default or pattern in every)
-        ]
+    eligible = {*default, *hidden}
+    included, excluded = _normalized("include", include), _normalized("exclude", exclude) or ()
+    chosen = dict.fromkeys([*default, *hidden]) if included is None else {}
+    for pattern in included or ():
+        found = [key for key in _found(pattern, names) if key in eligible or pattern in names[key]]
         if not found:
             raise ValueError(_no_match("include", pattern, default))
         chosen.update(dict.fromkeys(found))
-    for pattern in exclude:
-        found = [key for key, every in names.items() if _matches(pattern, every)]
+    for pattern in excluded:
+        found = _found(pattern, names)
         if not found:
             raise ValueError(_no_match("exclude", pattern, default))
         for key in found:
             chosen.pop(key, None)
-    parameters = named_tensors(module)
-    selected = {name: parameter for name, parameter in parameters.items() if name in chosen}
+    for name in chosen:
+        reason = hidden.get(name) or sources.get(name)
+        if reason:
+            raise ValueError(f"{name!r} cannot be pruned: {reason} or leave it out with exclude=[{name!r}].")
+    selected = {name: parameter for name, parameter in named_tensors(module).items() if name in chosen}
     if not selected:
         raise ValueError(
-            f"nothing to prune: `include`={include!r} and `exclude`={tuple(exclude)!r} leave no tensor. {_seen(default)}"
+            f"nothing to prune: `include`={included!r} and `exclude`={excluded!r} leave no tensor. {_seen(default)}"
         )
     for name, parameter in selected.items():
         _check_maskable(name, parameter)
     return selected
+
+
+def _normalized(argument: str, patterns: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """Patterns as `check_patterns` gives them, without the `_orig_mod.` that users copy from a compiled module."""
+    checked = check_patterns(argument, patterns)
+    return None if checked is None else tuple(canonical_name(pattern) for pattern in checked)
+
+
+def _found(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
+    return [key for key, every in names.items() if _matches(pattern, every)]
 
 
 def _names_by_parameter(module: nn.Module) -> dict[str, list[str]]:
@@ -132,51 +150,60 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
     return False
 
 
-def _refuse_hidden_weights(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> None:
-    """Raise for prunable modules whose weight is not a plain parameter, unless the patterns leave them out."""
+def _hidden_weights(module: nn.Module) -> dict[str, str]:
+    """Names of prunable modules' weights that are not plain parameters -> why and what to do."""
+    hidden = {}
     for path, child in module.named_modules():
-        if not isinstance(child, PRUNABLE):
-            continue
-        name = canonical_name(f"{path}.weight" if path else "weight")
-        wanted = (include is None or any(_matches(p, [name]) for p in include)) and not any(
-            _matches(p, [name]) for p in exclude
-        )
-        if not wanted:
-            continue
-        hidden, remedy = _hidden_weight(child)
-        if hidden:
-            raise ValueError(
-                f"{name!r} cannot be pruned: {hidden}. {remedy} or leave it out with exclude=[{path!r}]."
-            )
+        reason = _hidden_reason(child)
+        if reason:
+            hidden[canonical_name(f"{path}.weight" if path else "weight")] = reason
+    return hidden
 
 
-def _hidden_weight(child: nn.Module) -> tuple[str, str]:
-    own = dict(child.named_parameters(recurse=False))
+def _hidden_reason(child: nn.Module) -> str:
+    if ".nn.quantized." in type(child).__module__ and type(child).__name__.startswith(("Linear", "Conv")):
+        return "it is quantized. Prune before quantizing"
+    if not isinstance(child, PRUNABLE) and not _is_transformers_conv1d(child):
+        return ""
     if parametrize.is_parametrized(child, "weight"):
+        return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
+    if "weight_orig" in child._parameters:
+        return "it carries masks of torch.nn.utils.prune or a spectral norm. Call the matching remove function first"
+    if "weight_v" in child._parameters:
         return (
-            "it is parametrized",
-            "Call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first",
+            "it is weight-normed (a masked row of v makes the weight NaN). Call torch.nn.utils.remove_weight_norm first"
         )
-    if "weight_orig" in own:
-        return (
-            "it carries masks of torch.nn.utils.prune or a spectral norm",
-            "Call the matching remove function first",
-        )
-    if "weight_v" in own:
-        return (
-            "it is weight-normed (a masked row of v makes the weight NaN)",
-            "Call torch.nn.utils.remove_weight_norm first",
-        )
-    return "", ""
+    return ""
+
+
+def _source_parameters(module: nn.Module) -> dict[str, str]:
+    """Names of the parameters that other weights are computed from -> why and what to do."""
+    reason = "another tensor is computed from it (a parametrization, a norm or a mask). Remove that first"
+    return {
+        canonical_name(f"{path}.{leaf}" if path else leaf): reason
+        for path, child in module.named_modules()
+        for leaf in child._parameters
+        if isinstance(child, parametrize.ParametrizationList) or _is_source(child, leaf)
+    }
+
+
+def _is_source(child: nn.Module, leaf: str) -> bool:
+    """Whether torch.nn.utils.prune or an older norm computes `weight` from `weight_orig` or `weight_g`, `weight_v`."""
+    base, _, suffix = leaf.rpartition("_")
+    return suffix in ("orig", "g", "v") and isinstance(child.__dict__.get(base), Tensor)
 
 
 def _check_maskable(name: str, parameter: Tensor) -> None:
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(f"{name!r} is lazy and has no shape yet. Run one forward pass before pruning.")
-    if not parameter.is_floating_point():
+    packed = is_traceable_wrapper_subclass(parameter) and not hasattr(parameter, "device_mesh")  # but DTensor
+    if parameter.dtype not in MASKABLE or packed:
         raise ValueError(
-            f"{name!r} has dtype {parameter.dtype}; only floating tensors can be pruned. Leave it out with `exclude`."
+            f"{name!r} is a {type(parameter).__name__} of dtype {parameter.dtype}; only plain tensors of 16, 32 or 64 "
+            "bit floats can be pruned. Prune before quantizing, or leave it out with `exclude`."
         )
+    if parameter.is_meta:
+        raise ValueError(f"{name!r} is on the meta device and has no values. Materialize the module first.")
     if parameter.numel() == 0:
         raise ValueError(f"{name!r} has no entries. Leave it out with `exclude`.")
 
