@@ -50,22 +50,23 @@ def keep_top(
         bool masks under the same names, each of shape S. If fewer weights are alive than the target keeps,
         all of them stay.
     Raises:
-        ValueError: a score is not finite, or the floors together keep more than the target allows.
+        ValueError: a score is not finite, or the floors keep more than the target allows (over all tensors, or in one
+            tensor with scope="layer").
     """
     check_fraction("sparsity", sparsity)
     check_fraction("layer_floor", layer_floor)
     check_scope(scope)
     check_scores(scores)
-    ranks = {
-        name: _rankable(score, None if alive is None else alive.get(name)) for name, score in scores.items()
-    }
+    ranks = {name: _rankable(score, None if alive is None else alive.get(name)) for name, score in scores.items()}
     if scope == "layer":
-        return {
-            name: _keep_best(
-                rank, max(kept_count(rank.numel(), sparsity), _floor_count(rank, layer_floor))
-            ).view(scores[name].shape)
-            for name, rank in ranks.items()
-        }
+        masks = {}
+        for name, rank in ranks.items():
+            kept = kept_count(rank.numel(), sparsity)
+            if layer_floor:
+                held = int(_keep_best(rank, _floor_count(rank, layer_floor)).sum())
+                _check_floor(held, kept, rank.numel(), sparsity, layer_floor, f" of {name!r}")
+            masks[name] = _keep_best(rank, kept).view(scores[name].shape)
+        return masks
     return _keep_globally(scores, ranks, sparsity, layer_floor)
 
 
@@ -85,9 +86,7 @@ def keep_n_of_m(
         ValueError: a score is not finite, or n and m do not fit.
     """
     if not (isinstance(n, int) and isinstance(m, int) and m >= 2 and 1 <= n <= m):
-        raise ValueError(
-            f"an N:M pattern needs integers 1 <= N <= M and M >= 2, got {n}:{m}. Write for example '2:4'."
-        )
+        raise ValueError(f"an N:M pattern needs integers 1 <= N <= M and M >= 2, got {n}:{m}. Write for example '2:4'.")
     check_scores(scores)
     masks, dense = {}, []
     for name, score in scores.items():
@@ -113,9 +112,7 @@ def shuffle_within_layer(masks: Mapping[str, Tensor], generator: torch.Generator
         bool masks of the same shapes with the same number of True entries each.
     """
     return {
-        name: mask.flatten()[torch.randperm(mask.numel(), generator=generator).to(mask.device)].view(
-            mask.shape
-        )
+        name: mask.flatten()[torch.randperm(mask.numel(), generator=generator).to(mask.device)].view(mask.shape)
         for name, mask in masks.items()
     }
 
@@ -155,6 +152,15 @@ def _floor_count(rank: Tensor, layer_floor: float) -> int:
     return math.ceil(layer_floor * rank.numel() - 1e-9)
 
 
+def _check_floor(held: int, target: int, total: int, sparsity: float, layer_floor: float, where: str = "") -> None:
+    if held > target:
+        reachable = math.floor((1 - held / total) * 1e6) / 1e6  # rounded down: the advice must work
+        raise ValueError(
+            f"`layer_floor`={layer_floor} keeps {held} weights{where}, more than the {target} that "
+            f"`sparsity`={sparsity} allows. Lower `layer_floor` or ask for a sparsity of at most {reachable}."
+        )
+
+
 def _keep_best(rank: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` best entries of a flat tensor; -inf entries never stay; ties by lower index."""
     n = rank.numel()
@@ -178,16 +184,10 @@ def _keep_globally(
     target = kept_count(sum(sizes), sparsity)
     device = next(iter(ranks.values())).device
     reserved = (
-        {name: _keep_best(rank, _floor_count(rank, layer_floor)) for name, rank in ranks.items()}
-        if layer_floor
-        else {}
+        {name: _keep_best(rank, _floor_count(rank, layer_floor)) for name, rank in ranks.items()} if layer_floor else {}
     )
     held = sum(int(mask.sum()) for mask in reserved.values())
-    if held > target:
-        raise ValueError(
-            f"`layer_floor`={layer_floor} keeps {held} weights, more than the {target} that `sparsity`={sparsity} allows. "
-            f"Lower `layer_floor` or ask for a sparsity of at most {1 - held / sum(sizes):.6g}."
-        )
+    _check_floor(held, target, sum(sizes), sparsity, layer_floor)
     free = [rank.masked_fill(reserved[name], -math.inf) if reserved else rank for name, rank in ranks.items()]
     best = _keep_best(torch.cat([rank.to(device) for rank in free]), target - held)
     masks = {}
