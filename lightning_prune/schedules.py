@@ -7,27 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from itertools import pairwise
+from typing import Any
 
 from lightning_prune.checks import check_choice, check_fraction, is_number
 
-When = Union[str, int, float]
+When = str | int | float
 
 
 def cubic(progress: float, initial: float, final: float) -> float:
     """Zhu and Gupta (2017), equation 1: final + (initial - final) (1 - progress)^3."""
-    return final + (initial - final) * (1.0 - _clamp(progress)) ** 3
+    return _between(1.0 - (1.0 - _clamp(progress)) ** 3, initial, final)
 
 
 def linear(progress: float, initial: float, final: float) -> float:
     """Straight line from `initial` to `final`."""
-    return initial + (final - initial) * _clamp(progress)
+    return _between(_clamp(progress), initial, final)
 
 
 def geometric(progress: float, initial: float, final: float) -> float:
     """Density falls by the same factor in equal times: 1 - (1 - initial) ((1 - final) / (1 - initial))^progress."""
     progress = _clamp(progress)
-    return final if progress == 1.0 else 1.0 - (1.0 - initial) * ((1.0 - final) / (1.0 - initial)) ** progress
+    if progress in (0.0, 1.0):
+        return final if progress else initial
+    return 1.0 - (1.0 - initial) * ((1.0 - final) / (1.0 - initial)) ** progress
 
 
 def constant(progress: float, initial: float, final: float) -> float:
@@ -47,6 +50,11 @@ def check_schedule(name: Any) -> str:
 
 def _clamp(progress: float) -> float:
     return min(1.0, max(0.0, progress))
+
+
+def _between(share: float, initial: float, final: float) -> float:
+    """initial + share (final - initial) for a share in [0, 1], with both ends free of rounding."""
+    return initial if share == 0.0 else final - (1.0 - share) * (final - initial)
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,14 @@ def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
             f"(when, sparsity) pairs, got {at!r}."
         )
     moments = tuple(Moment(_check_when(when), check_fraction("at", value)) for when, value in at)
-    for one, two in zip(moments, moments[1:], strict=False):
+    for one, two in pairwise(moments):
         if two.target < one.target:
-            raise ValueError(
-                f"`at` must list sparsities that do not fall, got {one.target} before {two.target}."
-            )
-        if _order(two.when) <= _order(one.when) and type(one.when) is type(two.when):
+            raise ValueError(f"`at` must list sparsities that do not fall, got {one.target} before {two.target}.")
+        units = {
+            type(one.when),
+            type(two.when),
+        }  # epochs and fractions cannot be compared before the fit is known
+        if units != {int, float} and _order(two.when) <= _order(one.when):
             raise ValueError(f"`at` must list moments in order, got {one.when!r} before {two.when!r}.")
     return moments
 
@@ -159,7 +169,8 @@ class Ramp:
             )
         if total_steps is not None and end > total_steps:
             raise ValueError(
-                f"`end` must lie within the fit of {total_steps} optimizer steps, got {end}. Lower `end` or train longer."
+                f"`end` must lie within the fit of {total_steps} optimizer steps, got {end}. "
+                "Lower `end` or train longer."
             )
         return begin, end
 
@@ -178,8 +189,8 @@ class Ramp:
             return bound
         if total_steps is None:
             raise ValueError(
-                f"`{name}`={bound} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1). "
-                "Give an int (optimizer steps)."
+                f"`{name}`={bound} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1)."
+                " Give an int (optimizer steps)."
             )
         return round(bound * total_steps)
 
