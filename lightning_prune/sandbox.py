@@ -1,7 +1,7 @@
 """Run a LightningModule's own step from a callback and leave no trace of it.
 
-A step logs, updates metrics, draws random numbers and (BatchNorm) writes buffers. Inside `untouched` all of it is undone
-or muted. Not undone are Python side effects of the user's step (a list it appends to); score on a copy then.
+A step logs, updates metrics, draws random numbers and (BatchNorm) writes buffers. Inside `untouched` all of it is
+undone or muted. Not undone are Python side effects of the user's step (a list it appends to); score on a copy then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
+
+_LOGGING = ("log", "log_dict")
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def seed_all(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators; use it only where `isolated_rng` restores them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
 
 
 @contextmanager
@@ -85,41 +87,55 @@ def _training_flags(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _metric_states(module: nn.Module) -> Iterator[None]:
-    """torchmetrics objects keep running sums as attributes; copy them and put the copies back."""
-    saved = []
-    for metric in (child for child in module.modules() if isinstance(child, Metric)):
-        names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-        saved.append((metric, {name: _copied(metric.__dict__.get(name)) for name in names}))
+    """torchmetrics objects count in attributes, which a collection shares between its members.
+
+    The block works on copies; binding the old objects again afterwards keeps what was shared shared.
+    """
+    saved = [(child, dict(vars(child))) for child in module.modules() if isinstance(child, (Metric, MetricCollection))]
+    for metric, attributes in saved:
+        for name in (*attributes.get("_defaults", ()), "_groups"):
+            if name in attributes:
+                metric.__dict__[name] = _copied(attributes[name])
     try:
         yield
     finally:
-        for metric, values in saved:
-            metric.__dict__.update(values)
+        for metric, attributes in saved:
+            for name in vars(metric).keys() - attributes.keys():
+                del metric.__dict__[name]
+            metric.__dict__.update(attributes)
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager
 def _muted_logging(module: nn.Module, trainer: Any) -> Iterator[None]:
-    muted = [name for name in ("log", "log_dict") if hasattr(module, name)]
-    shadowed = {name: module.__dict__[name] for name in muted if name in module.__dict__}
+    """Only LightningModules are muted (also nested ones, which log too): elsewhere `log` may be anything."""
+    muted = [vars(child) for child in module.modules() if _is_lightning(child)]
+    shadowed = [{name: own[name] for name in _LOGGING if name in own} for own in muted]
     loggers = list(trainer.loggers) if trainer is not None else []
-    for name in muted:
-        module.__dict__[name] = _ignore
+    for own in muted:
+        own.update(dict.fromkeys(_LOGGING, _ignore))
     if loggers:
         trainer.loggers = _dummy_loggers(len(loggers))
     try:
         yield
     finally:
-        for name in muted:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(shadowed)
+        for own, before in zip(muted, shadowed, strict=True):
+            for name in _LOGGING:
+                own.pop(name, None)
+            own.update(before)
         if loggers:
             trainer.loggers = loggers
+
+
+def _is_lightning(module: nn.Module) -> bool:
+    return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
 def _dummy_loggers(count: int) -> list[Any]:
