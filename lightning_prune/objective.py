@@ -1,8 +1,8 @@
 """A module's loss as a pure function of its parameters, gradients of it, and batches to evaluate it on.
 
-Methods never touch the live module: the loss is evaluated by `torch.func.functional_call` on detached clones of parameters
-and buffers, inside the sandbox of `sandbox.py`; `torch.autograd.grad` is used throughout, never `backward`, so `.grad` and
-the hooks of distributed wrappers stay out of it.
+Methods never touch the live module: the loss is evaluated by `torch.func.functional_call` on detached clones of
+parameters and buffers, inside the sandbox of `sandbox.py`; `torch.autograd.grad` is used throughout, never `backward`,
+so `.grad` and the hooks of distributed wrappers stay out of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
+    Subset,
+    SubsetRandomSampler,
 )
 
 from lightning_prune.masks import full
@@ -32,6 +34,11 @@ from lightning_prune.targets import canonical_name, named_tensors
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Batches = Callable[[int | None], Iterable[Any]]
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 
 
 class _Step(nn.Module):
@@ -46,7 +53,8 @@ class _Step(nn.Module):
         if self.loss_fn is not None:
             return _as_loss(self.loss_fn(self.module, batch), "loss_fn")
         step = self.module.training_step
-        takes_index = len(inspect.signature(step).parameters) > 1
+        positional = [p for p in inspect.signature(step).parameters.values() if p.kind in _POSITIONAL]
+        takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in positional)
         return _as_loss(step(batch, batch_idx) if takes_index else step(batch), "training_step")
 
 
@@ -82,7 +90,7 @@ class Objective:
     def open(self) -> Iterator[nn.Module]:
         """Yield the wrapped step inside the sandbox; compiled code runs eagerly, on the module or on a copy of it."""
         module = copy.deepcopy(self.module) if self.copies else self.module
-        with untouched(module, self.trainer), torch.compiler.set_stance("force_eager"):
+        with untouched(module, self.trainer), _eagerly():
             seed_all(self.seed)
             yield _Step(module, self.loss_fn)
 
@@ -97,9 +105,10 @@ class Objective:
             names: canonical parameter names.
             count: number of batches; None takes one pass.
         Returns:
-            gradients by name, each of its parameter's shape, averaged over batches and ranks.
+            gradients by name, each of its parameter's shape and at least float32, averaged over batches and ranks.
         Raises:
-            ValueError: there is no batch, or a loss or gradient is not finite (the batch is named).
+            ValueError: there is no batch, or a loss or gradient is not finite (the batch is named), or the loss does
+                not depend on the parameters.
         """
         total: dict[str, Tensor] = {}
         seen = 0
@@ -108,6 +117,11 @@ class Objective:
             wanted = [parameters[name] for name in names]
             for index, batch in enumerate(self.batches(count)):
                 loss = evaluate(step, parameters, buffers_of(self.module), batch, index)
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"the loss of calibration batch {index} does not depend on the parameters. Return it without "
+                        "`.detach()` or `torch.no_grad()`."
+                    )
                 grads = torch.autograd.grad(loss, wanted, allow_unused=True)
                 for name, grad in zip(names, grads, strict=True):
                     grad = torch.zeros_like(parameters[name]) if grad is None else grad
@@ -115,6 +129,7 @@ class Objective:
                         raise ValueError(
                             f"the gradient of {name!r} on calibration batch {index} is not finite. Check loss and data."
                         )
+                    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))  # 16 bit sums lose small terms
                     total[name] = total[name].add_(grad) if name in total else grad.clone()
                 seen += 1
                 self.advance()
@@ -143,6 +158,12 @@ def evaluate(
     return loss
 
 
+def _eagerly() -> AbstractContextManager[Any]:
+    """Compiled code cannot be differentiated twice; torch before 2.6 has no way to run it eagerly."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     """Return clones of all buffers, so that BatchNorm statistics written during scoring are thrown away."""
     return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
@@ -167,37 +188,42 @@ def check_loss(module: nn.Module, loss_fn: LossFunction | None) -> None:
 
 
 def calibration_loader(loader: DataLoader, seed: int, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return a DataLoader over the same data with an order and a generator of its own; reading it leaves `loader` alone.
+    """Return a DataLoader over the same data, in an order of its own; reading it leaves `loader` alone.
 
     Args:
         loader: a map-style DataLoader.
         seed: of the permutation, >= 0; equal on all ranks, which read disjoint shares.
         rank, world_size: this process among all.
     Raises:
-        ValueError: `loader` is no map-style DataLoader.
+        ValueError: `loader` is no map-style DataLoader, or the size of its batches is not known.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"calibration needs a map-style DataLoader, got {type(loader).__name__}"
             f"{' over an IterableDataset' if isinstance(loader, DataLoader) else ''}. Give `calibration_dataloader`."
         )
-    generator = torch.Generator().manual_seed(seed)
-    common: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": 0, "generator": generator}
-    sampler: Sampler = RandomSampler(loader.dataset, generator=generator)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    data = _restricted(loader)
+    sampler: Sampler = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
     if world_size > 1:
-        sampler = DistributedSampler(loader.dataset, world_size, rank, shuffle=True, seed=seed)
-    if loader.batch_size is not None:
-        return DataLoader(
-            loader.dataset,
-            batch_size=loader.batch_size,
-            sampler=sampler,
-            drop_last=loader.drop_last,
-            **common,
-        )
-    size = getattr(loader.batch_sampler, "batch_size", None)
-    if size is None:
-        return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **common)
-    return DataLoader(loader.dataset, batch_sampler=BatchSampler(sampler, size, drop_last=False), **common)
+        sampler = DistributedSampler(data, world_size, rank, shuffle=True, seed=seed)
+    batches: dict[str, Any] = {"batch_size": None, "sampler": sampler}
+    if loader.batch_sampler is not None:
+        size = getattr(loader.batch_sampler, "batch_size", None)
+        if size is None:
+            raise ValueError(
+                f"calibration cannot tell the batch size of the batch sampler {type(loader.batch_sampler).__name__}. "
+                "Give it an attribute `batch_size`, or give `calibration_dataloader`."
+            )
+        drop_last = bool(getattr(loader.batch_sampler, "drop_last", False))
+        batches = {"batch_sampler": BatchSampler(sampler, size, drop_last)}
+    return DataLoader(data, collate_fn=loader.collate_fn, num_workers=0, generator=generator, **batches)
+
+
+def _restricted(loader: DataLoader) -> Dataset:
+    """The data that `loader` reads: a SubsetRandomSampler leaves samples out, often those for validation."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
 
 
 def read_batches(loaders: Any, count: int | None, seed: int = 0) -> Iterator[Any]:
@@ -209,6 +235,8 @@ def read_batches(loaders: Any, count: int | None, seed: int = 0) -> Iterator[Any
         seed_all(seed)
         own = rng_states()
     leaves = _leaves(loaders)
+    if not leaves:
+        return
     with isolated_rng():  # making an iterator draws a base seed
         iterators = [iter(leaf) for leaf in leaves]
     drawn = 0
