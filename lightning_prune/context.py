@@ -64,4 +64,4 @@ class Proposal:
 
 def event_generator(seed: int, event: int) -> torch.Generator:
     """Return a CPU generator for one pruning event: no state to save, equal after every resume."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + event)
+    return torch.Generator().manual_seed((seed * 1_000_003 + event) % 2**63)
