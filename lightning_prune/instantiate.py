@@ -42,7 +42,7 @@ def instantiate_callbacks(cfg: Any) -> list[Any]:
                     "Choose a group file (pruning=chita, without '+') or set it to null."
                 )
             node = instantiate(node, _convert_="all")
-        elif isinstance(node, (str, int, float)):
+        elif isinstance(node, (str, int, float, Sequence)):
             raise ValueError(
                 f"callback {name!r} must be a node with `_target_`, got {node!r}. Write pruning={node}, without '+'."
             )
