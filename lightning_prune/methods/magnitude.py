@@ -1,7 +1,7 @@
 """Magnitude pruning: one-shot, N:M, and gradual.
 
-One-shot and N:M are the classical baselines (Han et al., "Learning both weights and connections", NeurIPS 2015; Mishra et
-al., "Accelerating sparse deep neural networks", arXiv:2104.08378, 2021).
+One-shot and N:M are the classical baselines (Han et al., "Learning both weights and connections", NeurIPS 2015;
+Mishra et al., "Accelerating sparse deep neural networks", arXiv:2104.08378, 2021).
 Gradual: Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878, 2017, equation 1.
 
 Departures from Zhu and Gupta: weights are ranked over the whole network unless `scope="layer"`; a pruned weight stays
@@ -46,8 +46,10 @@ def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
     if pattern is None:
         return None
     parts = pattern.split(":") if isinstance(pattern, str) else []
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts) or not 1 <= int(parts[0]) < int(parts[1]):
-        raise ValueError(f"`pattern` must be 'N:M' with 1 <= N < M, such as '2:4', got {pattern!r}.")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts) or not 1 <= int(parts[0]) < int(parts[1]):
+        raise ValueError(
+            f"`pattern` must be 'N:M' with 1 <= N < M, such as '2:4' (in quotes in YAML), got {pattern!r}."
+        )
     return int(parts[0]), int(parts[1])
 
 
@@ -63,7 +65,8 @@ class Magnitude(OneShotPruning):
             whose input dimension M does not divide stay dense and are named in the receipt.
         **common: see `PruningCallback`.
     Raises:
-        ValueError: an argument breaks its rule, or both or neither of `sparsity` and `pattern` are given.
+        ValueError: an argument breaks its rule, both or neither of `sparsity` and `pattern` are given, or `scope` or
+            `layer_floor` with a `pattern`.
     """
 
     method: ClassVar[str] = "magnitude"
@@ -83,6 +86,11 @@ class Magnitude(OneShotPruning):
                 raise ValueError(
                     f"`sparsity` must be left out with `pattern`={pattern!r}, which fixes it, got {sparsity!r}."
                 )
+            if scope != "global" or layer_floor:
+                raise ValueError(
+                    f"`scope` and `layer_floor` must be left out with `pattern`={pattern!r}, which sets the count of "
+                    f"every group, got {scope!r} and {layer_floor!r}."
+                )
             sparsity = 1.0 - shape[0] / shape[1]
         super().__init__(sparsity=sparsity, at=at, **common)
         check_scope(scope)
@@ -99,7 +107,8 @@ class Magnitude(OneShotPruning):
         masks, dense = keep_n_of_m(scores, *shape, context.alive)
         if len(dense) == len(masks):
             raise ValueError(
-                f"`pattern`={self.pattern!r} fits no selected tensor: {shape[1]} divides no input dimension of {', '.join(dense)}."
+                f"`pattern`={self.pattern!r} fits no selected tensor: {shape[1]} divides no input dimension of "
+                f"{', '.join(dense)}."
             )
         return Proposal(
             masks,
@@ -168,12 +177,13 @@ class GradualMagnitude(PruningCallback):
             raise MisconfigurationException(str(error)) from error
         if position.step > self._bounds[0] and not resumed:
             raise MisconfigurationException(
-                f"`begin` (step {self._bounds[0]}) lies before step {position.step}, at which this fit goes on from a checkpoint that was not "
-                "pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `begin`."
+                f"`begin` (step {self._bounds[0]}) lies before step {position.step}, at which this fit goes on from a "
+                "checkpoint that was not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a "
+                "later `begin`."
             )
 
     def due(self, position: Position) -> float | None:
-        """The schedule's value at the last grid point reached, if it has not been acted on; the final one at the end."""
+        """The schedule's value at a grid point that has not been acted on; the final one at the end."""
         if self._bounds is None or self.finished:
             return None
         if position.ended:
