@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import hydra
@@ -14,8 +15,28 @@ def main(cfg: DictConfig) -> float | None:
     """Prune one model as configured; returns the final test accuracy, which sweepers read."""
     from lightning_prune.pipeline import run  # torch is loaded only when there is work to do, not for --help
 
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")  # our default, not the user's mistake
+    quiet_host()
     return run(cfg, HydraConfig.get().runtime.output_dir)
+
+
+def quiet_host() -> None:
+    """Show our own lines and all warnings once; leave out Lightning's greetings."""
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")  # our default, not the user's mistake
+    warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")  # dense and pruned fit share the folder
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated.*")  # Lightning's call, torch's warning
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()  # Hydra's root handler prints the same records
+        logging.getLogger(name).propagate = True
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_ours_or_serious)
+
+
+def _is_ours_or_serious(record: logging.LogRecord) -> bool:
+    return (
+        record.levelno >= logging.WARNING
+        or not record.name.startswith("lightning.")
+        or "lightning_prune" in record.pathname
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,22 @@ class AfterPruning(Callback):
             self.state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
 
 
+class InterruptedCheckpoint(Callback):
+    """Save `interrupted.ckpt` on Ctrl-C or an error.
+
+    Lightning's own OnExceptionCheckpoint makes every later `fit(ckpt_path=None)` go on from the last checkpoint by itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "interrupted.ckpt"
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.global_step > 0:
+            trainer.save_checkpoint(self.path)
+            rank_zero_info(f"Interrupted; go on with resume={_short(self.path)}")
+
+
 def run(cfg: DictConfig, folder: str | os.PathLike[str]) -> float | None:
     """Run the main job and return the final test accuracy (None if the module logs none).
 
@@ -69,6 +85,8 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str]) -> float | None:
     model, data = instantiate(cfg.model), instantiate(cfg.data)
     callbacks = instantiate_callbacks(cfg.callbacks)
     pruners = pruners_of(callbacks)
+    for pruner in pruners:
+        pruner.measure = False  # one receipt for the whole run, at its end
     resume = _existing(cfg.resume, "resume")
     pruning_resumed = resume is not None and has_pruning_state(resume)
     trained = _dense_stage(cfg, model, data, callbacks, None if pruning_resumed else resume, folder, pruning_resumed)
@@ -179,6 +197,7 @@ def _dense_stage(
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Any], epochs: int, folder: Path) -> Trainer:
+    callbacks = [*callbacks, InterruptedCheckpoint(folder)]
     return instantiate(cfg.trainer, callbacks=callbacks, max_epochs=epochs, default_root_dir=str(folder))
 
 
