@@ -22,6 +22,7 @@ _EXPORTS = {
     "RNGState": "rng",
     "RandomPruning": "methods.random",
     "Receipt": "receipt",
+    "SNIP": "methods.snip",
     "instantiate_callbacks": "instantiate",
     "prune": "standalone",
 }
