@@ -59,14 +59,11 @@ def keep_top(
     check_scores(scores)
     ranks = {name: _rankable(score, None if alive is None else alive.get(name)) for name, score in scores.items()}
     if scope == "layer":
-        masks = {}
-        for name, rank in ranks.items():
-            kept = kept_count(rank.numel(), sparsity)
-            if layer_floor:
-                held = int(_keep_best(rank, _floor_count(rank, layer_floor)).sum())
-                _check_floor(held, kept, rank.numel(), sparsity, layer_floor, f" of {name!r}")
-            masks[name] = _keep_best(rank, kept).view(scores[name].shape)
-        return masks
+        _check_layer_floors(ranks, sparsity, layer_floor)
+        return {
+            name: _keep_best(rank, kept_count(rank.numel(), sparsity)).view(scores[name].shape)
+            for name, rank in ranks.items()
+        }
     return _keep_globally(scores, ranks, sparsity, layer_floor)
 
 
@@ -150,6 +147,17 @@ def _rankable(score: Tensor, alive: Tensor | None) -> Tensor:
 
 def _floor_count(rank: Tensor, layer_floor: float) -> int:
     return math.ceil(layer_floor * rank.numel() - 1e-9)
+
+
+def _check_layer_floors(ranks: Mapping[str, Tensor], sparsity: float, layer_floor: float) -> None:
+    """Raise for the tensor whose floor allows the lowest sparsity, so that the advice serves them all."""
+    if not layer_floor:
+        return
+    held = {name: int(_keep_best(rank, _floor_count(rank, layer_floor)).sum()) for name, rank in ranks.items()}
+    worst = max(ranks, key=lambda name: held[name] / max(1, ranks[name].numel()))
+    for name in (worst, *ranks):
+        total = ranks[name].numel()
+        _check_floor(held[name], kept_count(total, sparsity), total, sparsity, layer_floor, f" of {name!r}")
 
 
 def _check_floor(held: int, target: int, total: int, sparsity: float, layer_floor: float, where: str = "") -> None:
