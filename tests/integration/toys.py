@@ -29,6 +29,7 @@ QUIET = [
         r"The number of training batches .* is smaller than the logging interval",
         r"You defined a `validation_step` but have no `val_dataloader`",
         r"Be aware that when using `ckpt_path`",
+        r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
         r"Checkpoint directory .* exists and is not empty",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
     )
@@ -136,15 +137,12 @@ def toy_loader(shuffle: bool = False, **arguments: Any) -> DataLoader:
     return DataLoader(toy_data(), batch_size=BATCH, shuffle=shuffle, **arguments)
 
 
-class ResumableLoader:
+class ResumableLoader(DataLoader):
     """Six batches of four that go on where a checkpoint left off, in an order that depends on the epoch alone."""
 
     def __init__(self) -> None:
-        self.data = toy_data()
+        super().__init__(toy_data(), batch_size=BATCH)
         self.epoch, self.position = 0, 0
-
-    def __len__(self) -> int:
-        return STEPS
 
     def __iter__(self) -> Iterator[Any]:
         if self.position == STEPS:
@@ -153,7 +151,7 @@ class ResumableLoader:
         while self.position < STEPS:
             chosen = order[self.position * BATCH :][:BATCH]
             self.position += 1
-            yield [tensor[chosen] for tensor in self.data.tensors]
+            yield [tensor[chosen] for tensor in self.dataset.tensors]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
