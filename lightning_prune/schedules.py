@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 from lightning_prune.checks import check_choice, check_fraction, is_number
@@ -116,13 +116,10 @@ def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
             f"(when, sparsity) pairs, got {at!r}."
         )
     moments = tuple(Moment(_check_when(when), check_fraction("at", value)) for when, value in at)
-    for one, two in pairwise(moments):
+    for one, two in combinations(moments, 2):
         if two.target < one.target:
             raise ValueError(f"`at` must list sparsities that do not fall, got {one.target} before {two.target}.")
-        units = {
-            type(one.when),
-            type(two.when),
-        }  # epochs and fractions cannot be compared before the fit is known
+        units = {type(one.when), type(two.when)}  # epochs and fractions compare only in a fit of known length
         if units != {int, float} and _order(two.when) <= _order(one.when):
             raise ValueError(f"`at` must list moments in order, got {one.when!r} before {two.when!r}.")
     return moments
