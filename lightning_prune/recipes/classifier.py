@@ -37,8 +37,8 @@ class LitClassifier(pl.LightningModule):
         scheduler_interval: when the scheduler steps: after every "epoch" or every optimizer "step".
         loss: from logits (N, num_classes) and classes (N,) to a scalar; None: cross-entropy.
         num_classes: number of classes, >= 2; None: the outputs of the network's last linear layer.
-        input_shape: shape of one input without the batch, such as (1, 28, 28), for `example_input_array`; None:
-            the `input_shape` of the data module, if it has one.
+        input_shape: shape of one input without the batch, such as (1, 28, 28), for `example_input_array`;
+            None: the `input_shape` of the data module, if it has one.
     Raises:
         ValueError: if `optimizer` or `scheduler` is no callable, `scheduler_interval` is unknown, or
             `num_classes` is below 2, or None and the network has no linear layer.
@@ -121,7 +121,9 @@ class LitClassifier(pl.LightningModule):
             return
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+        # by default the outermost module stays gathered after a forward pass: `parameters()` would then be
+        # copies that the optimizer does not know, and a mask applied between two batches would be lost
+        fully_shard(self.network, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
         self._sharded = True
 
     def _length_arguments(self, factory: Callable) -> dict[str, int]:

@@ -249,7 +249,8 @@ class CIFAR10(FileData):
 
     def _unpack(self, tar: tarfile.TarFile, archive: Path, batch: str, folder: Path) -> None:
         # single members by their names: nothing in the archive can choose where it lands
-        source = tar.extractfile(f"cifar-10-batches-py/{batch}")
+        member = f"cifar-10-batches-py/{batch}"
+        source = tar.extractfile(member) if member in tar.getnames() else None
         if source is None:
             raise ValueError(
                 f"`{archive}` must hold {batch} as a regular file. Pass the archive of the public mirror."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,7 +118,7 @@ def test_vgg16_bn_has_13_convolutions_with_bias_and_batch_norm():
 
 def test_mobilenet_v1_has_13_separable_convolutions():
     channels = [32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024]
-    pairs = zip(channels[:-1], channels[1:], strict=True)
+    pairs = itertools.pairwise(channels)
     separable = sum(9 * i + BN * i + i * o + BN * o for i, o in pairs)
     assert count(networks.mobilenet_v1()) == 9 * 3 * 32 + BN * 32 + separable + 1024 * 10 + 10
 
