@@ -280,6 +280,10 @@ class MaskManager:
             for name, mask in self._masks.items()
             if (owned is None or id(parameters[name]) in owned) and not bool(mask.all())
         ]
+        for name in names:
+            weight, mask = parameters[name], self._runtime[name]
+            if (mask.dtype, mask.device) != (weight.dtype, weight.device):  # the module has been moved or cast since
+                self._runtime[name] = like(self._masks[name], weight)
         return [parameters[name] for name in names], [self._runtime[name] for name in names]
 
     @torch.no_grad()
