@@ -287,6 +287,15 @@ def test_going_back_to_an_earlier_checkpoint_in_one_process_undoes_later_masks(s
     assert same(weights_of(module), first)
 
 
+def test_a_dense_checkpoint_frees_a_masked_module(step_checkpoints: Any) -> None:
+    path = step_checkpoints([])[KILL_STEP]
+    module = toy(kind=Scheduled)
+    settings = {"max_epochs": EPOCHS, "gradient_clip_val": 0.5}
+    fit(module, Magnitude(0.9, measure=False), **settings)
+    fit(module, Magnitude(0.5, at=2, measure=False), loader=ResumableLoader(), ckpt_path=path, **settings)
+    assert same((weights_of(module), masks_of(module)), train([Magnitude(0.5, at=2, measure=False)])[:2])
+
+
 def test_going_back_frees_a_tensor_that_was_pruned_later() -> None:
     module = toy()
     manager = MaskManager.of(module)
