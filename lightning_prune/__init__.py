@@ -18,6 +18,7 @@ _EXPORTS = {
     "GradualMagnitude": "methods.magnitude",
     "Magnitude": "methods.magnitude",
     "MaskManager": "masks",
+    "ProsPr": "methods.prospr",
     "PruningCallback": "callback",
     "RNGState": "rng",
     "RandomPruning": "methods.random",

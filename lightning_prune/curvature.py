@@ -1,17 +1,18 @@
 """Losses along a path of parameters: their gradients and Hessian-vector products, with noise and buffers replayed.
 
-A method that looks at training itself (meta-gradients, gradient flow) evaluates the same batch at several parameters and
-the same step several times. Here a step t keeps its batch, its random seed and the buffers it met first, so that every
+A method that looks at training itself (meta-gradients, gradient flow) evaluates one batch at several parameters and
+one step several times. Here a step t keeps its batch, its random seed and the buffers it met first, so that every
 evaluation of it is the same function of the parameters. Second derivatives are exact products H v, never differences.
 """
 
 from __future__ import annotations
 
-import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_prune.checks import check_choice
 from lightning_prune.masks import full
 from lightning_prune.objective import Objective, buffers_of, evaluate
-from lightning_prune.sample_gradients import batch_length, join_batches, map_batch, slice_batch
+from lightning_prune.sample_gradients import batch_length, map_batch, slice_batch
 from lightning_prune.sandbox import seed_all
 from lightning_prune.targets import named_tensors
 
@@ -31,6 +32,7 @@ Part = Callable[[Parameters], Tensor]
 
 BACKENDS = ("reverse_over_reverse", "forward_over_reverse")
 _NOISE_STRIDE = 1_000_003  # noise of step t, slice i: seed + t * stride + i
+_SAMPLE_STRIDE = 15_485_863  # between the seeds of successive lists of batches
 
 
 @dataclass
@@ -102,9 +104,10 @@ class Losses:
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
+                other = "backend='reverse_over_reverse' or " if self.backend == "forward_over_reverse" else ""
                 raise ValueError(
                     f"the second derivative of the loss cannot be computed ({type(error).__name__}: {error}). "
-                    "Use mode='first_order', which needs none."
+                    f"Use {other}mode='first_order', which needs none."
                 ) from error
             total = list(torch._foreach_add(total, rows)) if total else rows
         self.advance()
@@ -134,10 +137,8 @@ def _forward_product(
     part: Part, parameters: Parameters, vector: Parameters, names: Sequence[str]
 ) -> list[Tensor]:
     with dual_level():
-        duals = {
-            name: make_dual(leaf, vector[name].to(leaf.dtype)) if name in vector else leaf
-            for name, leaf in _leaves(parameters).items()
-        }
+        duals: dict[str, Tensor] = _leaves(parameters)
+        duals.update({name: _dual(duals[name], tangent) for name, tangent in vector.items()})
         slopes = _gradients([part(duals)], [duals[name] for name in names], create_graph=True)
         tangents = [unpack_dual(slope).tangent for slope in slopes]
         return [
@@ -146,23 +147,30 @@ def _forward_product(
         ]
 
 
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    with (
+        warnings.catch_warnings()
+    ):  # the first dual number makes torch compile its own rules by a deprecated way
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        return make_dual(value, tangent)
+
+
 @contextmanager
 def replayed_losses(
     objective: Objective,
-    variables: Sequence[str],
     seed: int,
     second_order: bool = False,
     micro_batch_size: int | None = None,
     backend: str = "reverse_over_reverse",
 ) -> Iterator[Callable[[Sequence[Any]], Losses]]:
-    """Open the sandbox of `objective`; yield a function from batches B_0, B_1, ... to the losses of the module on them.
+    """Open the sandbox of `objective`; yield a function from batches B_0, B_1, ... to the module's losses on them.
 
-    Noise is drawn from (seed, step, slice); buffers that a step writes are met by the next one, as in training, and each
+    The losses are functions of the parameters they are given; those left out keep the module's values.
+    Noise is drawn from (seed, step, slice). Buffers that a step writes are met by the next one, as in training, and a
     step is replayed on those it met first. Autocast is off.
 
     Args:
         objective: the module's loss.
-        variables: canonical names of the parameters that the losses are functions of; all others are constants.
         seed: of dropout and other noise, >= 0.
         second_order: choose kernels that have second derivatives.
         micro_batch_size: samples evaluated at a time, >= 1; None takes whole batches. A mean loss is assumed.
@@ -176,10 +184,11 @@ def replayed_losses(
         if second_order:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_without_fused_recurrence(module))
-        constants = {name: value for name, value in point_of(module).items() if name not in set(variables)}
+        constants = point_of(module)
+        seeds = count(seed, _SAMPLE_STRIDE)
 
         def losses(batches: Sequence[Any]) -> Losses:
-            replay = _Replay(module, step, constants, batches, seed, micro_batch_size)
+            replay = _Replay(module, step, constants, batches, next(seeds), micro_batch_size)
             return Losses(replay.parts, objective.reduce, backend, lambda: objective.advance())
 
         yield losses
@@ -246,10 +255,10 @@ def check_functional(loss: Tensor, module: nn.Module) -> None:
     reached = next((live[id(v)] for v in _graph_variables(loss) if id(v) in live), None)
     if reached is not None:
         holder = _holder(module, named_tensors(module)[reached])
+        also = f": attribute {holder!r} holds it a second time" if holder else ""
         raise ValueError(
-            f"the loss uses the parameter {reached!r} of the live module although another value was handed in"
-            f"{f': attribute {holder!r} holds it a second time' if holder else ''}. Read parameters from the modules that "
-            "own them in every step."
+            f"the loss uses the parameter {reached!r} of the live module although another value was handed in{also}. "
+            "Read parameters from the modules that own them in every step."
         )
 
 
@@ -292,8 +301,10 @@ def _without_fused_recurrence(module: nn.Module) -> Iterator[None]:
 
 
 def point_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters by canonical name, detached, whole, in at least float32; without copying where it can."""
-    return {name: _working(full(parameter.detach())) for name, parameter in named_tensors(module).items()}
+    """Return copies of all parameters by canonical name, detached, whole, in at least float32."""
+    return {
+        name: _working(full(parameter.detach()).clone()) for name, parameter in named_tensors(module).items()
+    }
 
 
 def trainable_names(module: nn.Module) -> list[str]:
@@ -309,114 +320,3 @@ def _working(tensor: Tensor) -> Tensor:
 def _working_batch(batch: Any, module: nn.Module) -> Any:
     dtypes = {parameter.dtype for parameter in module.parameters()}
     return map_batch(batch, _working) if dtypes & {torch.float16, torch.bfloat16} else batch
-
-
-def noise_seed(generator: torch.Generator) -> int:
-    """Draw a seed for dropout while scoring from a pruning event's own generator."""
-    return int(torch.randint(2**31, (1,), generator=generator))
-
-
-class BatchStream:
-    """Batches of the calibration data in order, one pass after another.
-
-    Attributes:
-        passes: passes begun; above 1, batches have been met again.
-    """
-
-    def __init__(self, objective: Objective, batch_size: int | None = None) -> None:
-        self.passes = 0
-        self._source = self._batches(objective, batch_size)
-
-    def take(self, count: int) -> list[Any]:
-        """Return the next `count` batches; raise ValueError if there is no batch at all."""
-        return [next(self._source) for _ in range(count)]
-
-    def notes(self) -> list[str]:
-        """A sentence for the receipt if the data did not suffice for distinct batches."""
-        again = f"The calibration data were read {self.passes} times: scoring asked for more batches than one pass holds."
-        return [again] if self.passes > 1 else []
-
-    def _batches(self, objective: Objective, batch_size: int | None) -> Iterator[Any]:
-        while True:
-            self.passes += 1
-            found = False
-            for batch in resized(objective.batches(None), batch_size):
-                found = True
-                yield batch
-            if not found:
-                raise ValueError("there is no calibration batch. Give a dataloader with at least one batch.")
-
-
-def resized(batches: Any, size: int | None) -> Iterator[Any]:
-    """Cut and join batches to `size` samples each (None leaves them); what is left at the end comes last, smaller.
-
-    Args:
-        batches: batches of any length whose tensors share their first dimension.
-        size: samples per batch, >= 1.
-    """
-    if size is None:
-        yield from batches
-        return
-    held: Any = None
-    for batch in batches:
-        joined = batch if held is None else join_batches(held, batch)
-        if joined is None:  # shapes differ (padding): they cannot share a batch
-            yield held
-            joined = batch
-        held, length = joined, batch_length(joined)
-        begin = 0
-        while length - begin >= size:
-            yield slice_batch(joined, begin, begin + size)
-            begin += size
-        held = slice_batch(joined, begin, length) if begin < length else None
-    if held is not None:
-        yield held
-
-
-@contextmanager
-def progress(description: str, total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each of `total` units of work; a bar appears only if it takes a few seconds."""
-    bar = _LateBar(description, total) if show else None
-    try:
-        yield (lambda: None) if bar is None else bar.advance
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-class _LateBar:
-    """A rich bar that shows itself once `patience` seconds have passed and as many are to come."""
-
-    patience = 2.0
-
-    def __init__(self, description: str, total: int) -> None:
-        self.description, self.total, self.done = description, total, 0
-        self.started = time.perf_counter()
-        self.bar: Any = None
-        self.refused = False
-
-    def advance(self) -> None:
-        self.done += 1
-        passed = time.perf_counter() - self.started
-        late = passed > self.patience and passed / self.done * (self.total - self.done) > self.patience
-        if self.bar is None and late and not self.refused:
-            self._show()
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.done)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _show(self) -> None:
-        from rich.errors import LiveError
-        from rich.progress import Progress
-
-        bar = Progress(transient=True)
-        bar.add_task(self.description, total=self.total)
-        try:
-            bar.start()
-        except LiveError:  # an older rich draws one live display at a time, and the Trainer's comes first
-            self.refused = True
-            return
-        self.bar = bar

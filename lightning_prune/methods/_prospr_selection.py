@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_prune.callback import OneShotPruning
 from lightning_prune.checks import check_bool, check_integer
-from lightning_prune.context import Context, Proposal
 from lightning_prune.schedules import geometric
 from lightning_prune.selection import (
     Scope,
@@ -72,8 +71,9 @@ def _check_minimum(reserved: Masks, sparsity: float, scope: Scope, minimum: int)
     for where, count, size in pairs:
         if count > kept_count(size, sparsity):
             raise ValueError(
-                f"`min_keep_per_layer`={minimum} keeps {count} entries of {where}, more than the {kept_count(size, sparsity)} "
-                f"that sparsity {sparsity:.6g} allows. Lower it, or ask for a sparsity of at most {1 - count / size:.6g}."
+                f"`min_keep_per_layer`={minimum} keeps {count} entries of {where}, more than the "
+                f"{kept_count(size, sparsity)} that sparsity {sparsity:.6g} allows. Lower it, or ask for a "
+                f"sparsity of at most {1 - count / size:.6g}."
             )
 
 
@@ -164,21 +164,31 @@ class InitialPruning(OneShotPruning):
         self.min_keep_per_layer = check_integer("min_keep_per_layer", min_keep_per_layer, 0)
         self.shuffle_within_layer = check_bool("shuffle_within_layer", shuffle_within_layer)
 
-    def keep(self, scores: Mapping[str, Tensor], sparsity: float, alive: Mapping[str, Tensor]) -> Masks:
-        """Masks of the highest scores by this callback's scope and minimum."""
-        return keep_with_minimum(scores, sparsity, self.scope, self.min_keep_per_layer, alive)
+    def keep(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        alive: Mapping[str, Tensor],
+        minimum: int | None = None,
+    ) -> Masks:
+        """Masks of the highest scores by this callback's scope and minimum (or another minimum)."""
+        least = self.min_keep_per_layer if minimum is None else minimum
+        return keep_with_minimum(scores, sparsity, self.scope, least, alive)
 
-    def settle(self, masks: Masks, context: Context, notes: list[str]) -> Proposal:
-        """The proposal of final masks: shuffled if asked, thin layers named."""
+    def settle(
+        self, masks: Masks, alive: Mapping[str, Tensor], generator: torch.Generator
+    ) -> tuple[Masks, list[str]]:
+        """Final masks, shuffled if asked, and notes on them; thin layers are named."""
+        notes = []
         if self.shuffle_within_layer:
-            masks = shuffled(masks, context.alive, context.generator)
-            notes = [*notes, "The masks were shuffled inside every tensor: a control, not the method itself."]
+            masks = shuffled(masks, alive, generator)
+            notes = ["The masks were shuffled inside every tensor: a control, not the method itself."]
         thin = [
             name for name in thin_layers(masks) if bool(masks[name].any())
         ]  # empty ones are named by the base
         if thin:
             rank_zero_warn(
-                f"{self.method} keeps less than 1 % of {', '.join(thin)}. Raise `min_keep_per_layer`, lower the sparsity, "
-                "or use scope='layer'."
+                f"{self.method} keeps less than 1 % of {', '.join(thin)}. Raise `min_keep_per_layer`, lower the "
+                "sparsity, or use scope='layer'."
             )
-        return Proposal(masks, notes=notes)
+        return masks, notes

@@ -1,12 +1,12 @@
 """SNIP, Iter-SNIP and FORCE: connection sensitivity at initialization.
 
-SNIP: Lee, Ajanthan and Torr, "SNIP: single-shot network pruning based on connection sensitivity", ICLR 2019, equation 4.
+SNIP: Lee, Ajanthan and Torr, "SNIP: single-shot network pruning based on connection sensitivity", ICLR 2019, eq. 4.
 Iter-SNIP and FORCE: de Jorge et al., "Progressive skeletonization: trimming more fat from a network at initialization",
 ICLR 2021.
 
-Departures from the papers' programs: only weights are pruned, no biases; the module is scored as it is about to be trained
-(its own weights, training flags and loss) and goes on from the same weights; scores are not divided by their sum, which
-changes no rank.
+Departures from the papers' programs: only weights are pruned, no biases; the module is scored as it is about to be
+trained (its own weights, training flags and loss) and goes on from the same weights; scores are not divided by their
+sum, which changes no rank.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_prune.checks import check_bool, check_integer
 from lightning_prune.context import Context, Proposal
-from lightning_prune.curvature import BatchStream, Losses, noise_seed, point_of, progress, replayed_losses
+from lightning_prune.curvature import Losses, point_of, replayed_losses
+from lightning_prune.methods._prospr_batches import BatchStream, check_optional, noise_seed, progress
 from lightning_prune.methods._prospr_selection import InitialPruning, Masks, prune_in_rounds
 from lightning_prune.selection import Scope
 
@@ -41,7 +43,7 @@ def sensitivity(
         ValueError: a loss is not finite.
     """
     point = {name: weight * masks[name] for name, weight in weights.items()}
-    total = {}
+    total: Masks = {}
     for step in range(count):
         loss, grads = losses.gradient(step, point)
         if not bool(loss.isfinite()):
@@ -62,7 +64,7 @@ def snip_scores(losses: Losses, weights: Mapping[str, Tensor], count: int = 1) -
     Returns:
         scores >= 0 by name, of shape S.
     """
-    everything = {name: weight.new_ones(weight.shape, dtype=bool) for name, weight in weights.items()}
+    everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     return {name: value.abs() for name, value in sensitivity(losses, count, weights, everything).items()}
 
 
@@ -102,21 +104,17 @@ class SNIP(InitialPruning):
         self.rounds = check_integer("rounds", rounds, 1)
         self.regrow = check_bool("regrow", regrow)
         self.batches = check_integer("batches", batches, 1)
-        self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, 1)
-        self.micro_batch_size = (
-            None if micro_batch_size is None else check_integer("micro_batch_size", micro_batch_size, 1)
-        )
+        self.batch_size = check_optional("batch_size", batch_size)
+        self.micro_batch_size = check_optional("micro_batch_size", micro_batch_size)
 
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w * dL/dw|, in as many rounds as asked."""
         stream = BatchStream(context.objective, self.batch_size)
-        names = list(context.weights)
         weights = {name: value for name, value in point_of(context.module).items() if name in context.weights}
         with (
             progress("SNIP", self.rounds * self.batches, context.show_progress) as context.objective.advance,
             replayed_losses(
                 context.objective,
-                names,
                 noise_seed(context.generator),
                 micro_batch_size=self.micro_batch_size,
             ) as losses,
@@ -127,4 +125,5 @@ class SNIP(InitialPruning):
                 return {name: value.abs() for name, value in values.items()}
 
             masks = prune_in_rounds(score, self.keep, context.alive, context.target, self.rounds, self.regrow)
-        return self.settle(masks, context, stream.notes())
+        masks, notes = self.settle(masks, context.alive, context.generator)
+        return Proposal(masks, notes=[*notes, *stream.notes()])
