@@ -24,6 +24,7 @@ _EXPORTS = {
     "RandomPruning": "methods.random",
     "Receipt": "receipt",
     "SNIP": "methods.snip",
+    "channel_groups": "dependency",
     "instantiate_callbacks": "instantiate",
     "prune": "standalone",
 }
