@@ -191,10 +191,10 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return path.with_name("changed.ckpt")
 
 
-@pytest.mark.parametrize("step", range(1, EPOCHS * STEPS))
-def test_every_step_can_be_resumed_from(step_checkpoints: Any, step: int) -> None:
-    whole = train([gradual()])
-    assert same(train([gradual()], resume=step_checkpoints([gradual()])[step]), whole)
+def test_every_step_can_be_resumed_from(step_checkpoints: Any) -> None:
+    whole, paths = train([gradual()]), step_checkpoints([gradual()])
+    assert sorted(paths) == list(range(1, EPOCHS * STEPS + 1))
+    assert [step for step in range(1, EPOCHS * STEPS) if not same(train([gradual()], resume=paths[step]), whole)] == []
 
 
 def test_without_the_saved_masks_the_run_ends_elsewhere(step_checkpoints: Any) -> None:
