@@ -24,6 +24,9 @@ def quiet_host() -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")  # our default, not the user's mistake
     warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")  # dense and pruned fit share the folder
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated.*")  # Lightning's call, torch's warning
+    warnings.filterwarnings(
+        "ignore", message=r"The dirpath has changed from.*"
+    )  # a resume writes into a folder of its own
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()  # Hydra's root handler prints the same records
         logging.getLogger(name).propagate = True

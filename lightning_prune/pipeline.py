@@ -30,11 +30,21 @@ from lightning_prune.report import cost_receipt, fit_receipt
 
 
 class AfterPruning(Callback):
-    """Keep the weights as they were right after the last pruning event, before fine-tuning repaired them."""
+    """Keep the weights as they were right after the last pruning event, before fine-tuning repaired them.
 
-    def __init__(self) -> None:
+    Its own state is the accuracy of the dense network, which a resumed run cannot measure any more.
+    """
+
+    def __init__(self, dense_accuracy: float | None = None) -> None:
         super().__init__()
         self.state: dict[str, Tensor] | None = None
+        self.dense_accuracy = dense_accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dense_accuracy": self.dense_accuracy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.dense_accuracy = state_dict["dense_accuracy"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module)
@@ -89,20 +99,22 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str]) -> float | None:
         pruner.measure = False  # one receipt for the whole run, at its end
     resume = _existing(cfg.resume, "resume")
     pruning_resumed = resume is not None and has_pruning_state(resume)
-    trained = _dense_stage(cfg, model, data, callbacks, None if pruning_resumed else resume, folder, pruning_resumed)
+    trained = starts_trained(cfg, pruners)
+    if trained and not pruning_resumed:
+        _make_dense(cfg, model, data, callbacks, resume, folder)
     accuracy: dict[str, float | None] = {"dense": None, "pruned": None, "finetuned": None}
-    if trained:
+    if trained and not pruning_resumed:
         accuracy["dense"] = evaluate(cfg, model, data)
     if pruners:
         epochs = int(cfg.trainer.max_epochs) + (
             0 if trained or cfg.dense.enabled is False else int(cfg.dense.max_epochs)
         )
-        watcher = AfterPruning()
+        watcher = AfterPruning(accuracy["dense"])
         trainer = _trainer(cfg, [*callbacks, watcher], epochs, folder)
         trainer.fit(model, datamodule=data, ckpt_path=resume if pruning_resumed else None, weights_only=True)
         trainer.save_checkpoint(folder / "pruned.ckpt")
-        accuracy["finetuned"] = evaluate(cfg, model, data)
-        if watcher.state is not None and trained:
+        accuracy["dense"], accuracy["finetuned"] = watcher.dense_accuracy, evaluate(cfg, model, data)
+        if watcher.state is not None and trained and not pruning_resumed:
             accuracy["pruned"] = evaluate(cfg, model, data, watcher.state)
     _write_results(cfg, model, data, pruners, accuracy, folder)
     return accuracy["finetuned"] if pruners else accuracy["dense"]
@@ -169,31 +181,25 @@ def has_pruning_state(path: str) -> bool:
     return any(str(key).startswith("lightning_prune.") for key in keys)
 
 
-def _dense_stage(
-    cfg: DictConfig,
-    model: LightningModule,
-    data: Any,
-    callbacks: list[Any],
-    resume: str | None,
-    folder: Path,
-    done: bool,
-) -> bool:
-    """Bring `model` to its dense state; return whether it is a trained network now."""
-    if done:
-        return False
+def starts_trained(cfg: DictConfig, pruners: list[PruningCallback]) -> bool:
+    """Whether pruning starts from a trained network: a given one, or one that this run trains first."""
+    if cfg.ckpt_path is not None or cfg.dense.enabled is not None:
+        return cfg.ckpt_path is not None or bool(cfg.dense.enabled)
+    return all(pruner.prunes_trained for pruner in pruners)
+
+
+def _make_dense(
+    cfg: DictConfig, model: LightningModule, data: Any, callbacks: list[Any], resume: str | None, folder: Path
+) -> None:
+    """Load the given trained network, or train one."""
     if cfg.ckpt_path is not None:
         load_weights(model, cfg.ckpt_path)
-        return True
-    pruners = pruners_of(callbacks)
-    wanted = cfg.dense.enabled if cfg.dense.enabled is not None else all(p.prunes_trained for p in pruners)
-    if not wanted:
-        return False
+        return
     others = [callback for callback in callbacks if not isinstance(callback, PruningCallback)]
     trainer = _trainer(cfg, copy.deepcopy(others), int(cfg.dense.max_epochs), folder)
     rank_zero_info(f"Dense training, {cfg.dense.max_epochs} epochs.")
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(folder / "dense.ckpt")
-    return True
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Any], epochs: int, folder: Path) -> Trainer:

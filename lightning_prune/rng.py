@@ -42,21 +42,25 @@ class RNGState(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-        self._between_epochs = bool(progress.get("is_last_batch", False))
+        self._between_epochs = bool(progress.get("is_last_batch", False)) and trainer.state.fn == "fit"
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None and self._between_epochs:
+            self._restore(trainer, state["ranks"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # between epochs the uninterrupted run draws the next order of the data after saving; a resumed one draws it now,
-        # before on_train_start
-        if self._between_epochs:
-            self._restore(trainer)
+        # Between epochs the uninterrupted run saves first and draws the next order of the data afterwards. A resumed run
+        # draws it before on_train_start, or, if configure_optimizers asks for the length of the fit, before this hook.
+        if self._between_epochs and trainer.train_dataloader is None:
+            self._restore(trainer, self._loaded)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore(trainer)
+        if not self._between_epochs:
+            self._restore(trainer, self._loaded)
+        self._loaded, self._between_epochs = None, False
 
-    def _restore(self, trainer: Trainer) -> None:
-        if self._loaded is not None and trainer.global_rank < len(self._loaded):
-            set_rng_states(self._loaded[trainer.global_rank])
-        self._loaded = None
+    def _restore(self, trainer: Trainer, ranks: list[dict[str, Any]] | None) -> None:
+        if ranks is not None and trainer.global_rank < len(ranks):
+            set_rng_states(ranks[trainer.global_rank])
 
 
 def _gather(states: dict[str, Any]) -> list[dict[str, Any]]:
