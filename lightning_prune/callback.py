@@ -120,7 +120,7 @@ class PruningCallback(Callback):
         self._pending: dict[str, Any] | None = None
         self._bound: weakref.ref[nn.Module] | None = None
         self._fitting: weakref.ref[nn.Module] | None = None
-        self._primary = True
+        self._primary: bool = getattr(self, "_primary", True)
         self._recorder = ForwardRecorder()
         self.receipt = None
 
@@ -142,6 +142,11 @@ class PruningCallback(Callback):
         held = {key for key in checkpoint.get("callbacks", {}) if str(key).startswith("lightning_prune.")} - {
             RNG_STATE_KEY
         }
+        if not held:  # a dense checkpoint: what this module and this callback have been through since is undone
+            fitting = self._fitting
+            self.reset()
+            self._fitting = fitting
+            MaskManager.of(pl_module).clear()
         if held - ours:
             raise MisconfigurationException(
                 f"the checkpoint was pruned by {sorted(held)}, but this Trainer holds {sorted(ours)}. Use the same pruning callbacks "
