@@ -28,8 +28,8 @@ def prune(
 ) -> Receipt:
     """Prune `module` in place to the method's final target, at once.
 
-    The masks are in `MaskManager.of(module)`; they hold while a Trainer trains the module with a pruning callback, or where
-    `MaskManager.of(module).attach([optimizer])` enforces them in a loop of one's own.
+    The masks are in `MaskManager.of(module)`; they hold while a Trainer trains the module with a pruning callback, or
+    where `MaskManager.of(module).attach([optimizer])` enforces them in a loop of one's own.
 
     Args:
         module: any module, on any device.
