@@ -1,0 +1,434 @@
+"""Pruning beside everything else a Trainer does: when it acts, what it refuses, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.toys import (
+    QUIET,
+    SAMPLES,
+    STEPS,
+    Toy,
+    Watch,
+    fit,
+    kept_of,
+    leaks,
+    make_trainer,
+    masks_of,
+    same,
+    toy,
+    toy_data,
+    toy_loader,
+    weights_of,
+)
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_prune import GradualMagnitude, Magnitude, MaskManager, RandomPruning
+
+pytestmark = [
+    *QUIET,
+]
+
+LATE = "training ended before its last planned step; pruning now"
+
+
+def magnitude(at: Any = "start", sparsity: float = 0.5, **arguments: Any) -> Magnitude:
+    return Magnitude(sparsity, at=at, measure=False, **arguments)
+
+
+def gradual(**arguments: Any) -> GradualMagnitude:
+    return GradualMagnitude(**{"sparsity": 0.5, "every_n_steps": 1, "measure": False, **arguments})
+
+
+class StopAt(Callback):
+    """Asks for the end of the fit, as EarlyStopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+class Stream(IterableDataset):
+    """Training data without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(toy_data())
+
+
+# when
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "epoch"),
+    [("start", 0, 0), (0, 0, 0), (1, STEPS, 1), (0.25, 3, 0), (0.3, 4, 0), (0.5, STEPS, None), ("end", 2 * STEPS, 1)],
+)
+def test_each_form_of_at_acts_at_its_moment(at: Any, step: int, epoch: int | None) -> None:
+    callback = magnitude(at)
+    fit(toy(), callback)
+    (event,) = callback.history
+    assert event["step"] == step
+    assert epoch is None or event["epoch"] == epoch
+
+
+def test_pairs_act_in_turn_and_never_regrow() -> None:
+    callback, module = Magnitude(at=[("start", 0.25), (1, 0.5), (0.75, 0.6), ("end", 0.75)], measure=False), toy()
+    watch = Watch()
+    fit(module, callback, watch)
+    assert [(event["step"], event["kept"]) for event in callback.history] == [(0, 630), (6, 420), (9, 336), (12, 210)]
+    assert watch.found == [] == leaks(module)
+
+
+def test_gradual_pruning_follows_its_schedule_in_optimizer_steps() -> None:
+    callback = gradual(sparsity=0.8, begin=2, end=8, every_n_steps=3, schedule="linear")
+    fit(toy(), callback, accumulate_grad_batches=2, max_epochs=4)
+    assert [event["step"] for event in callback.history] == [2, 5, 8]
+    assert [event["kept"] for event in callback.history] == [840, 840 - 336, 840 - 672]
+
+
+@pytest.mark.parametrize("make", [lambda: magnitude(1), lambda: magnitude(0.9), lambda: magnitude("end"), gradual])
+def test_a_fit_that_stops_early_prunes_at_the_end_and_says_so(make: Callable[[], Any]) -> None:
+    module, callback = toy(), make()
+    with pytest.warns(UserWarning, match=LATE):
+        fit(module, callback, StopAt(3))
+    assert callback.history[-1]["step"] == 3
+    assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
+    assert callback.receipt.reached["kept"] == Toy.TOTAL // 2
+
+
+def test_early_stopping_before_the_moment_prunes_at_the_end() -> None:
+    module, callback = toy(), magnitude(8)
+    stopping = EarlyStopping("val_loss", min_delta=1e9, patience=1, verbose=False)
+    trainer = make_trainer(callback, stopping, max_epochs=10)
+    with pytest.warns(UserWarning, match=LATE):
+        trainer.fit(module, toy_loader(), toy_loader())
+    assert trainer.current_epoch == 2
+    assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
+
+
+def test_a_stream_without_length_is_pruned_at_its_end() -> None:
+    module, callback = toy(), magnitude("end")
+    with pytest.warns(UserWarning, match=LATE):  # nobody knows which step is the last one
+        fit(module, callback, loader=DataLoader(Stream(), batch_size=4))
+    assert [event["step"] for event in callback.history] == [2 * STEPS]
+    assert leaks(module) == []
+
+
+def test_epochs_work_in_an_endless_fit() -> None:
+    callback = magnitude(1)
+    fit(toy(), callback, StopAt(10), max_epochs=-1)
+    assert [event["step"] for event in callback.history] == [STEPS]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lambda: magnitude(0.5), {"max_epochs": -1}, r"`at`=0.5 is a fraction of the fit, whose length is not known"),
+        (gradual, {"max_epochs": -1}, r"is a fraction of the fit, whose length is not known"),
+        (lambda: magnitude(2), {"max_epochs": 2}, r"`at`=2 .*lies beyond the fit"),
+        (lambda: magnitude(5), {"max_epochs": 10, "max_steps": 4}, r"`at`=5 .*lies beyond the fit"),
+        (lambda: magnitude(5), {"max_epochs": -1, "max_steps": 4}, r"`at`=5 .*lies beyond the fit"),
+        (lambda: Magnitude(at=[(1, 0.1), (7, 0.2)], measure=False), {}, r"`at`=7 .*lies beyond the fit"),
+        (lambda: gradual(end=100), {}, r"`end` must lie within the fit of 12 optimizer steps, got 100"),
+        (lambda: gradual(begin=11, end=0.5), {}, r"`begin` must not lie after `end`, got steps 11 and 6"),
+    ],
+)
+def test_a_moment_that_never_comes_is_refused_before_anything_changed(
+    make: Callable[[], Any], settings: dict[str, Any], message: str
+) -> None:
+    module = toy()
+    before = weights_of(module)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, make(), **settings)
+    assert same(weights_of(module), before)
+    assert masks_of(module) == {}
+
+
+@pytest.mark.parametrize("make", [lambda: magnitude(10), lambda: magnitude("end"), lambda: gradual(end=4000)])
+def test_a_fast_dev_run_tries_the_wiring(make: Callable[[], Any]) -> None:
+    module = toy()
+    fit(module, make(), fast_dev_run=True)
+    assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
+
+
+def test_a_training_set_that_shrinks_does_not_end_the_fit_too_early() -> None:
+    class Shrinking(Toy):
+        def train_dataloader(self) -> Any:
+            size = SAMPLES if self.trainer.current_epoch == 0 else 8
+            return DataLoader(Subset(toy_data(), range(size)), batch_size=4)
+
+    callback = magnitude("end")
+    trainer = make_trainer(callback, reload_dataloaders_every_n_epochs=1, max_epochs=3)
+    trainer.fit(toy(kind=Shrinking))
+    assert [event["step"] for event in callback.history] == [trainer.global_step] == [STEPS + 2 + 2]
+
+
+# together
+
+
+def test_a_second_method_counts_what_the_first_pruned() -> None:
+    module, watch = toy(), Watch()
+    first, second = magnitude(), RandomPruning(0.9, at=1, scope="global", measure=False)
+    fit(module, first, second, watch)
+    assert (first.history[-1]["kept"], second.history[-1]["kept"]) == (420, 84)
+    assert kept_of(module, masks_of(module)) == 84
+    assert watch.found == [] == leaks(module)
+
+
+def test_the_second_mask_lies_within_the_first() -> None:
+    seen = []
+
+    class Masks(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append(masks_of(pl_module))
+
+    fit(toy(), magnitude(), RandomPruning(0.9, at=1, scope="global", measure=False), Masks())
+    early, late = seen[0], seen[-1]
+    assert not same(early, late)
+    assert all(not (late[name] & ~early[name]).any() for name in early)
+
+
+def test_a_second_method_with_a_lower_target_prunes_no_more() -> None:
+    module = toy()
+    fit(module, magnitude(sparsity=0.9, layer_floor=0.05), RandomPruning(0.5, at=1, scope="global", measure=False))
+    assert kept_of(module, masks_of(module)) == 84
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_methods_resume_whatever_their_order(order: int, tmp_path: Path) -> None:
+    def callbacks() -> list[Callback]:
+        return [magnitude(0.25), RandomPruning(0.9, at=0.75, scope="global", measure=False)]
+
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module, resumed = toy(), toy(seed=4)
+    fit(module, *callbacks(), saver, enable_checkpointing=True)
+    fit(resumed, *callbacks()[::order], ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(masks_of(resumed), masks_of(module))
+    assert same(weights_of(resumed), weights_of(module))
+
+
+def test_two_callbacks_of_one_class_need_names() -> None:
+    with pytest.raises(RuntimeError, match="state_key"):
+        make_trainer(magnitude(include="hidden"), magnitude(include="head"))
+    module = toy()
+    fit(module, magnitude(include="hidden", name="hidden"), magnitude(1, 0.75, include="head", name="head"))
+    kept = {name: int(mask.sum()) for name, mask in masks_of(module).items()}
+    assert kept == {"hidden.weight": 384, "head.weight": 9}
+
+
+def test_callbacks_of_the_module_itself_are_served() -> None:
+    class Configured(Toy):
+        def configure_callbacks(self) -> Any:
+            return [magnitude()]
+
+    module, watch = toy(kind=Configured), Watch()
+    fit(module, watch)
+    assert watch.pruned_steps == 2 * STEPS
+    assert watch.found == []
+
+
+# checkpoints and metrics
+
+
+@pytest.mark.parametrize("make", [lambda: magnitude(1), lambda: gradual(every_n_steps=STEPS, end=0.5)])
+def test_the_monitored_metric_is_that_of_the_saved_weights(make: Callable[[], Any], tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{epoch}")
+    trainer = make_trainer(make(), saver, enable_checkpointing=True, max_epochs=3)
+    trainer.fit(toy(), toy_loader(), toy_loader())
+    assert len(saver.best_k_models) == 3
+    for path, logged in saver.best_k_models.items():
+        module = toy(seed=8)
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        (measured,) = make_trainer().validate(module, toy_loader(), verbose=False)
+        assert measured["val_loss"] == pytest.approx(float(logged), rel=1e-6)
+
+
+def test_testing_a_checkpoint_changes_no_mask_and_no_schedule(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module, callback = toy(), magnitude(1)
+    trainer = fit(module, callback, saver, enable_checkpointing=True)
+    before = masks_of(module), copy.deepcopy(callback.history), callback.events
+    for epoch in (0, 1):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        trainer.test(module, toy_loader(), ckpt_path=path, verbose=False, weights_only=True)
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert same({name: module.state_dict()[name] for name in saved}, dict(saved))
+        assert same((masks_of(module), callback.history, callback.events), before)
+    fit(module, callback)
+    assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
+    assert leaks(module) == []
+
+
+def test_events_reach_the_logger_when_they_happen(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    fit(toy(), magnitude(1), logger=logger, log_every_n_steps=1)
+    lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    events = [row for row in rows if row["prune/sparsity"]]
+    assert [(float(row["prune/sparsity"]), float(row["prune/n_active"]), int(row["step"])) for row in events] == [
+        (0.5, 420.0, STEPS)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_barebones_trainer_prunes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    module = toy()
+    trainer = make_trainer(Magnitude(0.5), barebones=True, logger=None, enable_progress_bar=None)
+    trainer.fit(module, toy_loader())
+    assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
+    assert "magnitude" not in capsys.readouterr().out
+
+
+def test_an_emptied_layer_is_named() -> None:
+    module = toy()
+    with torch.no_grad():
+        module.conv.weight.mul_(1e-6)
+    with pytest.warns(UserWarning, match=r"left no weight in conv.weight.*layer_floor"):
+        fit(module, magnitude())
+
+
+# tuners, interruptions, further fits
+
+
+class Tuned(Toy):
+    """With the attributes that Lightning's tuners look for."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.lr, self.batch_size = 0.05, 2
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(toy_data(), batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuners write their temporary checkpoints into the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+tuning = pytest.mark.filterwarnings("ignore:.*weights_only")
+
+
+@tuning
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize("make", [magnitude, lambda: magnitude(1), gradual])
+@pytest.mark.parametrize(
+    "tuner", [lambda: LearningRateFinder(num_training_steps=5), lambda: BatchSizeFinder("power", max_trials=1)]
+)
+def test_a_tuner_before_the_fit_disturbs_nothing(tuner: Callable[[], Any], make: Callable[[], Any]) -> None:
+    module, callback, watch = toy(kind=Tuned), make(), Watch()
+    trainer = make_trainer(callback, tuner(), watch)
+    trainer.fit(module)
+    assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
+    assert watch.steps == trainer.global_step
+    assert watch.found == [] == leaks(module)
+    assert callback.history[-1]["step"] <= trainer.global_step
+
+
+@tuning
+@pytest.mark.usefixtures("in_folder")
+def test_the_learning_rate_finder_keeps_masks_from_zeros() -> None:
+    module = toy(kind=Tuned)
+    with torch.no_grad():
+        module.hidden.weight[:6] = 0
+    callback = magnitude("end", 0.1, masks_from_zeros=True)
+    make_trainer(callback, LearningRateFinder(num_training_steps=5)).fit(module)
+    assert not module.hidden.weight[:6].any()
+
+
+@tuning
+@pytest.mark.usefixtures("in_folder")
+def test_the_learning_rate_finder_does_not_hide_that_the_model_is_another() -> None:
+    callback = magnitude()
+    make_trainer(callback).fit(toy(kind=Tuned))
+    other = toy(seed=1, kind=Tuned)
+    with pytest.raises(MisconfigurationException, match="has pruned another module"):
+        make_trainer(callback, LearningRateFinder(num_training_steps=5)).fit(other)
+    assert masks_of(other) == {}
+
+
+@tuning
+@pytest.mark.usefixtures("in_folder")
+def test_the_learning_rate_finder_in_a_second_fit_keeps_the_masks() -> None:
+    module, callback, watch = toy(kind=Tuned), magnitude(), Watch()
+    make_trainer(callback).fit(module)
+    masks = masks_of(module)
+    make_trainer(callback, LearningRateFinder(num_training_steps=5), watch).fit(module)
+    assert same(masks_of(module), masks)
+    assert watch.found == [] == leaks(module)
+    assert len(callback.history) == 1
+
+
+def test_an_interrupt_leaves_no_hook_behind() -> None:
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 3:
+                raise KeyboardInterrupt
+
+    module = toy()
+    trainer = make_trainer(magnitude(), Interrupt())
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(module, toy_loader())
+    assert all(not optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+    assert leaks(module) == []
+
+
+def test_a_callback_that_has_pruned_nothing_yet_serves_another_model() -> None:
+    class Boom(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("the user's own error")
+
+    callback = magnitude(1)
+    with pytest.raises(RuntimeError, match="own error"):
+        fit(toy(), callback, Boom())
+    other = toy(seed=1)
+    fit(other, callback)
+    assert kept_of(other, masks_of(other)) == Toy.TOTAL // 2
+
+
+def test_masks_can_be_carried_over_to_another_model() -> None:
+    callback, old, new, watch = magnitude(), toy(), toy(seed=1), Watch()
+    fit(old, callback)
+    MaskManager.of(new).set_masks(MaskManager.of(old).masks)
+    fit(new, callback, watch)
+    assert same(masks_of(new), masks_of(old))
+    assert watch.found == []
+    assert watch.pruned_steps == 2 * STEPS
+
+
+@pytest.mark.parametrize("replacement", [torch.nn.Linear(12, 5), torch.nn.Sequential(torch.nn.Linear(12, 3))])
+def test_a_layer_replaced_after_pruning_is_named(replacement: Any) -> None:
+    module = toy()
+    fit(module, magnitude())
+    module.head = replacement
+    with pytest.raises((ValueError, RuntimeError), match=r"head\.weight"):
+        fit(module, magnitude(name="second"))
+
+
+def test_a_pruned_model_dies_when_it_is_dropped() -> None:
+    """Lightning's own callback was blamed for holding on to a copy of the model of every fit."""
+    callback, module = magnitude(), toy()
+    fit(module, callback)
+    memory = [weakref.ref(module), *(weakref.ref(parameter) for parameter in module.parameters())]
+    del module
+    gc.collect()
+    assert [reference() for reference in memory] == [None] * len(memory)
+    assert callback.receipt.reached["kept"] == Toy.TOTAL // 2
