@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -136,6 +136,16 @@ def check_scope(scope: str) -> None:
     """Raise ValueError unless `scope` is "global" or "layer"."""
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
+
+
+def check_layer_floor(layer_floor: Any, sparsity: float) -> float:
+    """Return `layer_floor` as a fraction of each tensor that `sparsity` leaves room for, else raise ValueError."""
+    floor = check_fraction("layer_floor", layer_floor)
+    if floor > 1 - sparsity + 1e-9:
+        raise ValueError(
+            f"`layer_floor` must not exceed 1 - `sparsity` = {1 - sparsity:.6g}, got {layer_floor}. Lower one of them."
+        )
+    return floor
 
 
 def _rankable(score: Tensor, alive: Tensor | None) -> Tensor:

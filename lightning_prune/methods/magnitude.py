@@ -21,7 +21,7 @@ from lightning_prune.callback import OneShotPruning, PruningCallback
 from lightning_prune.checks import check_fraction, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.schedules import SCHEDULES, Position, Ramp, check_bound, check_schedule
-from lightning_prune.selection import Scope, check_scope, keep_n_of_m, keep_top
+from lightning_prune.selection import Scope, check_layer_floor, check_scope, keep_n_of_m, keep_top
 
 __all__ = ["GradualMagnitude", "Magnitude", "magnitude_scores", "parse_pattern"]
 
@@ -60,7 +60,7 @@ class Magnitude(OneShotPruning):
         sparsity: pruned fraction of the selected weights, in [0, 1); None with a `pattern` or with pairs in `at`.
         at: when; see `OneShotPruning`.
         scope: "global" ranks all weights together, "layer" prunes the same fraction of every tensor.
-        layer_floor: fraction of every tensor that stays in any case, in [0, 1).
+        layer_floor: fraction of every tensor that stays in any case, in [0, 1 - sparsity].
         pattern: "N:M" keeps the N largest of every M consecutive weights along the flattened input dimension; tensors
             whose input dimension M does not divide stay dense and are named in the receipt.
         **common: see `PruningCallback`.
@@ -95,7 +95,7 @@ class Magnitude(OneShotPruning):
         super().__init__(sparsity=sparsity, at=at, **common)
         check_scope(scope)
         self.scope: Scope = scope
-        self.layer_floor = check_fraction("layer_floor", layer_floor)
+        self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
         self.pattern = pattern
 
     def propose(self, context: Context) -> Proposal:
@@ -127,7 +127,7 @@ class GradualMagnitude(PruningCallback):
         schedule: "cubic" (the paper's), "linear", "geometric" or "constant".
         initial_sparsity: sparsity at `begin`, in [0, sparsity].
         scope: "global" ranks all weights together, "layer" prunes the same fraction of every tensor.
-        layer_floor: fraction of every tensor that stays in any case, in [0, 1).
+        layer_floor: fraction of every tensor that stays in any case, in [0, 1 - sparsity].
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -159,7 +159,7 @@ class GradualMagnitude(PruningCallback):
         self.schedule = check_schedule(schedule)
         check_scope(scope)
         self.scope: Scope = scope
-        self.layer_floor = check_fraction("layer_floor", layer_floor)
+        self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
         self._ramp = Ramp(self.begin, self.end, self.every_n_steps)
         self._bounds: tuple[int, int] | None = None
 

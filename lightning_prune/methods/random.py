@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.callback import OneShotPruning
-from lightning_prune.checks import check_fraction
 from lightning_prune.context import Context, Proposal
-from lightning_prune.selection import Scope, check_scope, keep_top
+from lightning_prune.selection import Scope, check_layer_floor, check_scope, keep_top
 
 __all__ = ["RandomPruning", "random_scores"]
 
@@ -25,10 +24,7 @@ def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator) -> 
     Returns:
         float32 scores in [0, 1) under the same names, each of shape S, on the weight's device.
     """
-    return {
-        name: torch.rand(weight.shape, generator=generator).to(weight.device)
-        for name, weight in weights.items()
-    }
+    return {name: torch.rand(weight.shape, generator=generator).to(weight.device) for name, weight in weights.items()}
 
 
 class RandomPruning(OneShotPruning):
@@ -38,7 +34,7 @@ class RandomPruning(OneShotPruning):
         sparsity: pruned fraction of the selected weights, in [0, 1); None with pairs in `at`.
         at: when; see `OneShotPruning`.
         scope: "global" draws from all weights together, "layer" prunes the same fraction of every tensor.
-        layer_floor: fraction of every tensor that stays in any case, in [0, 1).
+        layer_floor: fraction of every tensor that stays in any case, in [0, 1 - sparsity].
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -57,7 +53,7 @@ class RandomPruning(OneShotPruning):
         super().__init__(sparsity=sparsity, at=at, **common)
         check_scope(scope)
         self.scope: Scope = scope
-        self.layer_floor = check_fraction("layer_floor", layer_floor)
+        self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
 
     def propose(self, context: Context) -> Proposal:
         """Keep the luckiest weights."""
