@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it (relative to this package)
 _EXPORTS = {
+    "GraSP": "methods.grasp",
     "GradualMagnitude": "methods.magnitude",
     "Magnitude": "methods.magnitude",
     "MaskManager": "masks",
@@ -24,6 +25,7 @@ _EXPORTS = {
     "RandomPruning": "methods.random",
     "Receipt": "receipt",
     "SNIP": "methods.snip",
+    "SynFlow": "methods.synflow",
     "channel_groups": "dependency",
     "instantiate_callbacks": "instantiate",
     "prune": "standalone",
