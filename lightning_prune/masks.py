@@ -86,7 +86,7 @@ class MaskManager:
     def sparsity(self) -> float:
         """Return the pruned fraction of all masked tensors, in [0, 1]; 0 if there is no mask."""
         kept, total = self.counts()
-        return 0.0 if total == 0 else 1.0 - kept / total
+        return 0.0 if total == 0 else (total - kept) / total  # one rounding, as in the receipt
 
     def set_masks(
         self, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None, regrow: bool = False
@@ -139,6 +139,12 @@ class MaskManager:
         weights, masks = self._pairs_of(optimizer)
         if weights:
             torch._foreach_mul_(weights, masks)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write +0.0 into pruned weights: a product leaves -0.0 where they were negative, which compresses badly."""
+        for weight, mask in zip(*self._find_pairs(None), strict=True):
+            _zero_pruned(weight, mask)
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -291,7 +297,7 @@ class MaskManager:
         self._pairs.clear()
         for name, value in values.items():
             parameters[name].copy_(value)
-        self.apply()
+        self.settle()
         for optimizer in self._optimizers:
             for name, mask in self._runtime.items():
                 for state in optimizer.state.get(parameters[name], {}).values():

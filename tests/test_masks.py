@@ -24,6 +24,24 @@ def test_committing_a_mask_zeroes_exactly_the_pruned_weights():
     assert MaskManager.of(layer).sparsity() == 0.5
 
 
+def test_pruned_weights_are_plus_zero():
+    """A product with 0 would leave -0.0 where the weight was negative: equal, but other bytes in a file."""
+    layer = nn.Linear(2, 1)
+    nn.init.constant_(layer.weight, -1.0)
+    MaskManager.of(layer).set_masks({"weight": tensor([[True, False]])})
+    assert torch.signbit(layer.weight).tolist() == [[True, False]]
+
+
+def test_settling_turns_minus_zero_into_plus_zero():
+    layer = nn.Linear(2, 1)
+    manager = MaskManager.of(layer)
+    manager.set_masks({"weight": tensor([[True, False]])})
+    with torch.no_grad():
+        layer.weight.copy_(tensor([[-0.0, -0.0]]))
+    manager.settle()
+    assert torch.signbit(layer.weight).tolist() == [[True, False]]
+
+
 def test_parameters_stay_the_same_objects_under_the_same_names():
     net = small_net()
     before = dict(net.named_parameters())
