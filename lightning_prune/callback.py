@@ -1,7 +1,8 @@
 """PruningCallback: the only code that knows Lightning's hooks and checkpoints.
 
-A method subclasses it and answers two questions: `due` (is it time, and how sparse?) and `propose` (which weights stay?).
-Everything else is settled here: binding after restore, enforcement through the shared MaskManager, state, ranks, logs.
+A method subclasses it and answers two questions: `due` (is it time, and how sparse?) and `propose` (which weights
+stay?). Everything else is settled here: binding after restore, enforcement through the shared MaskManager, state, ranks,
+logs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.checks import check_bool, check_fraction, check_integer
-from lightning_prune.context import Context, Proposal, event_generator
+from lightning_prune.context import Context, Proposal, describe_event, event_generator
 from lightning_prune.fit import (
     ForwardRecorder,
     calibration_source,
@@ -37,10 +38,11 @@ from lightning_prune.schedules import Moment, Position, parse_at
 from lightning_prune.targets import check_patterns, select
 
 STATE_VERSION = 1
+RNG_STATE_KEY = "lightning_prune.rng_state"
 
 
 class PruningCallback(Callback):
-    """What all methods share; subclass it, or one of `OneShotPruning` and a method, rather than use it.
+    """What all methods share. Methods subclass it or `OneShotPruning`.
 
     Args:
         include: names or patterns of what may be pruned (see `targets.select`); None: the weights of all linear
@@ -49,7 +51,7 @@ class PruningCallback(Callback):
         loss_fn: `loss_fn(module, batch) -> scalar tensor` for methods that need a loss; None: `training_step`.
         calibration_dataloader: batches for methods that need data; None: the training set, read separately.
         seed: of everything random in the method, >= 0.
-        mask_gradients: zero the gradients of pruned weights before each step; the weights are zeroed after it in any case.
+        mask_gradients: zero the gradients of pruned weights before each step; the weights are zeroed after it anyway.
         masks_from_zeros: take exact zeros of the selected weights as pruned when the fit starts.
         name: sets this callback apart from another one of the same class in one Trainer.
         measure: time the module and count its FLOPs for the receipt when training ends.
@@ -98,7 +100,7 @@ class PruningCallback(Callback):
 
     @abstractmethod
     def due(self, position: Position) -> float | None:
-        """Return the target to prune to now, or None. Asked at the start, after every epoch and every optimizer step."""
+        """Return the target to prune to now, or None. Asked at the start, after every epoch and every batch."""
 
     @abstractmethod
     def propose(self, context: Context) -> Proposal:
@@ -149,8 +151,8 @@ class PruningCallback(Callback):
             MaskManager.of(pl_module).clear()
         if held - ours:
             raise MisconfigurationException(
-                f"the checkpoint was pruned by {sorted(held)}, but this Trainer holds {sorted(ours)}. Use the same pruning callbacks "
-                "to resume; to go on from its weights, load them without `ckpt_path` and set masks_from_zeros=True."
+                f"the checkpoint was pruned by {sorted(held)}, but this Trainer holds {sorted(ours)}. Use the same pruning "
+                "callbacks to resume; to go on from its weights, load them without `ckpt_path` and set masks_from_zeros=True."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class PruningCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # kept until on_train_start, when the module is whole; a state saved before that (by a learning rate finder) is empty
+        # kept until on_train_start, when the module is whole; one saved before that (by a learning rate finder) is empty
         self._pending = dict(state_dict) if state_dict.get("bound", True) else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,11 +211,12 @@ class PruningCallback(Callback):
         late = self.due(position_of(trainer, pl_module, over=True))
         if late is not None:
             rank_zero_warn(
-                f"{self.method}: training ended before its last planned step; pruning now. Metrics logged so far and checkpoints "
+                f"{self.method}: training ended before its last planned step; pruning now. Metrics logged and checkpoints "
                 "written so far are those of the network before."
             )
             self._act(trainer, pl_module, over=True)
         self._recorder.forget()
+        MaskManager.of(pl_module).settle()
         self._write_receipt(trainer, pl_module)
         # enforcement lasts until teardown: other callbacks may still prune, or copy averaged weights, after this one
 
@@ -246,22 +249,22 @@ class PruningCallback(Callback):
     def _check_module(self, pl_module: LightningModule, targets: Mapping[str, nn.Parameter]) -> None:
         if not self.shards and any(isinstance(p, DTensor) for p in targets.values()):
             raise MisconfigurationException(
-                f"{self.method} cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use a "
-                "magnitude method."
+                f"{self.method} cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use "
+                "a magnitude method."
             )
         another = self._bound is not None and self._bound() is not pl_module
         if another and self.events > 0 and self._pending is None and not MaskManager.of(pl_module).masks:
             raise MisconfigurationException(
-                f"this {type(self).__name__} has pruned another module. Call its reset() to prune this one anew, or carry the "
-                "masks over: MaskManager.of(new).set_masks(MaskManager.of(old).masks)."
+                f"this {type(self).__name__} has pruned another module. Call its reset() to prune this one anew, or carry "
+                "the masks over: MaskManager.of(new).set_masks(MaskManager.of(old).masks)."
             )
 
     def _restore(self, manager: MaskManager) -> None:
         state, self._pending = self._pending or {}, None
         if state.get("method") != self.method:
             raise MisconfigurationException(
-                f"the checkpoint's state {self.state_key!r} is of method {state.get('method')!r}, this callback is {self.method!r}. "
-                "Use the same method to resume, or another `name`."
+                f"the checkpoint's state {self.state_key!r} is of method {state.get('method')!r}, this callback is "
+                f"{self.method!r}. Use the same method to resume, or another `name`."
             )
         if state["primary"]:  # the one that holds the masks of all; none in force is a state too
             manager.load_state_dict(state["masks"])
@@ -311,8 +314,8 @@ class PruningCallback(Callback):
         )
         if event["emptied"]:
             rank_zero_warn(
-                f"{self.method} left no weight in {', '.join(event['emptied'])}: nothing passes through a layer that is all zero. "
-                "Set `layer_floor` (or lower the sparsity) to keep a part of every layer."
+                f"{self.method} left no weight in {', '.join(event['emptied'])}: nothing passes through a layer that is "
+                "all zero. Set `layer_floor` (or lower the sparsity) to keep a part of every layer."
             )
         log_event(trainer, {"prune/sparsity": event["sparsity"], "prune/n_active": float(event["kept"])})
 
@@ -323,7 +326,11 @@ class PruningCallback(Callback):
             return
         sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
         example = self._recorder.example if self.measure and not sharded else None
-        self.receipt = fit_receipt(self, pl_module, example)
+        try:
+            self.receipt = fit_receipt(self, pl_module, example)
+        except Exception as error:  # a finished training must survive a receipt that cannot be written
+            rank_zero_warn(f"{self.method}: no receipt could be written ({type(error).__name__}: {error}).")
+            return
         if self.measure and not trainer.barebones:
             self.receipt.show()
 
@@ -332,36 +339,13 @@ class PruningCallback(Callback):
         MaskManager.of(pl_module).detach()
 
 
-RNG_STATE_KEY = "lightning_prune.rng_state"
-
-
-def describe_event(
-    manager: MaskManager, proposal: Proposal, target: float, position: Position, seconds: float
-) -> dict[str, Any]:
-    """Return a committed proposal in plain values: what was asked, what is in force now."""
-    kept, total = manager.counts()
-    masks = manager.masks
-    return {
-        "requested": float(target),
-        "sparsity": manager.sparsity(),
-        "kept": kept,
-        "total": total,
-        "step": position.step,
-        "epoch": position.epoch,
-        "seconds": seconds,
-        "emptied": [name for name in proposal.masks if name in masks and not bool(masks[name].any())],
-        "notes": list(proposal.notes),
-        "certificate": proposal.certificate,
-    }
-
-
 class OneShotPruning(PruningCallback):
     """A method that prunes at given moments of a fit and leaves the rest of it to fine-tuning.
 
     Args:
         sparsity: pruned fraction of the selected weights, in [0, 1); None if `at` lists pairs.
-        at: "start" (before the first optimizer step), "end" (after the last), an int (that many epochs done), a float in
-            (0, 1) (that fraction of the fit done), or a list of (when, sparsity) pairs.
+        at: "start" (before the first optimizer step), "end" (after the last), an int (that many epochs done), a float
+            in (0, 1) (that fraction of the fit done), or a list of (when, sparsity) pairs.
         **common: see `PruningCallback`.
     """
 
@@ -392,14 +376,14 @@ class OneShotPruning(PruningCallback):
         for moment in [] if trainer.fast_dev_run else self.moments[self.events :]:
             if isinstance(moment.when, float) and position.progress is None:
                 raise MisconfigurationException(
-                    f"`at`={moment.when} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1). "
-                    "Give epochs (int)."
+                    f"`at`={moment.when} is a fraction of the fit, whose length is not known (max_epochs or max_steps is "
+                    "-1). Give epochs (int)."
                 )
             self._check_not_beyond(trainer, moment, position)
-            if position.step > 0 and not resumed and _is_past(moment, position):
+            if position.step > 0 and not resumed and moment.is_past(position):
                 raise MisconfigurationException(
-                    f"`at`={moment.when!r} lies before step {position.step}, at which this fit goes on from a checkpoint that was "
-                    "not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `at`."
+                    f"`at`={moment.when!r} lies before step {position.step}, at which this fit goes on from a checkpoint "
+                    "that was not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `at`."
                 )
 
     def _check_not_beyond(self, trainer: Trainer, moment: Moment, position: Position) -> None:
@@ -409,11 +393,6 @@ class OneShotPruning(PruningCallback):
         if first is not None and first >= position.total_steps > 0:
             raise MisconfigurationException(
                 f"`at`={moment.when} epochs lies beyond the fit, which ends after {position.total_steps} steps "
-                f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Lower it, train longer, or use at='end'."
+                f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Lower it, train longer, or use "
+                "at='end'."
             )
-
-
-def _is_past(moment: Moment, position: Position) -> bool:
-    if isinstance(moment.when, int):
-        return moment.when < position.epoch
-    return moment.when != "end" and moment.reached(position)

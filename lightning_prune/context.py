@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.masks import MaskManager
 from lightning_prune.objective import Objective
+from lightning_prune.schedules import Position
 
 
 @dataclass
@@ -65,3 +67,23 @@ class Proposal:
 def event_generator(seed: int, event: int) -> torch.Generator:
     """Return a CPU generator for one pruning event: no state to save, equal after every resume."""
     return torch.Generator().manual_seed((seed * 1_000_003 + event) % 2**63)
+
+
+def describe_event(
+    manager: MaskManager, proposal: Proposal, target: float, position: Position, seconds: float
+) -> dict[str, Any]:
+    """Return a committed proposal in plain values: what was asked, what is in force now."""
+    kept, total = manager.counts()
+    masks = manager.masks
+    return {
+        "requested": float(target),
+        "sparsity": manager.sparsity(),
+        "kept": kept,
+        "total": total,
+        "step": position.step,
+        "epoch": position.epoch,
+        "seconds": seconds,
+        "emptied": [name for name in proposal.masks if name in masks and not bool(masks[name].any())],
+        "notes": list(proposal.notes),
+        "certificate": proposal.certificate,
+    }

@@ -20,8 +20,8 @@ from lightning_prune.schedules import Position
 def position_of(trainer: Trainer, pl_module: LightningModule, over: bool = False) -> Position:
     """Return where the fit stands.
 
-    Steps are optimizer steps; with manual optimization, where one batch may step several optimizers several times, they
-    are training batches. The length is None if it cannot be known (`max_epochs=-1`, a data stream without length).
+    Steps are optimizer steps; with manual optimization, where one batch may step several optimizers several times,
+    they are training batches. The length is None if it cannot be known (`max_epochs=-1`, a data stream without length).
 
     Args:
         over: the fit has ended, be it before its planned length.
@@ -35,7 +35,7 @@ def position_of(trainer: Trainer, pl_module: LightningModule, over: bool = False
 
 
 def total_steps(trainer: Trainer, pl_module: LightningModule) -> int | None:
-    """Return the optimizer steps (batches, with manual optimization) of the whole fit; None if it has no known length."""
+    """Return the optimizer steps (batches, with manual optimization) of the whole fit; None if that is not known."""
     limits = [] if trainer.max_steps < 1 or not pl_module.automatic_optimization else [trainer.max_steps]
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         whole = steps_before_epoch(trainer, pl_module, trainer.max_epochs)
@@ -44,7 +44,10 @@ def total_steps(trainer: Trainer, pl_module: LightningModule) -> int | None:
 
 
 def steps_before_epoch(trainer: Trainer, pl_module: LightningModule, epoch: int) -> int | None:
-    """Return the steps taken when `epoch` epochs are done, at the accumulation each of them uses; None if not known."""
+    """Return the steps taken when `epoch` epochs are done, at the accumulation each of them uses; None if not known.
+
+    Every epoch is taken to be as long as the current one: what a reloaded data set will hold is not known in advance.
+    """
     batches = trainer.num_training_batches
     if not math.isfinite(batches):
         return None
@@ -61,7 +64,8 @@ def check_strategy(trainer: Trainer) -> None:
     name = type(trainer.strategy).__name__
     if "DeepSpeed" in name:
         raise MisconfigurationException(
-            f"{name} partitions weights and steps them by itself, so masks cannot be enforced. Use 'ddp' or ModelParallelStrategy (FSDP2)."
+            f"{name} partitions weights and steps them by itself, so masks cannot be enforced. Use 'ddp' or "
+            "ModelParallelStrategy (FSDP2)."
         )
 
 
@@ -99,7 +103,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def same_on_all_ranks(proposal: Proposal, device: torch.device) -> Proposal:
-    """Return rank 0's proposal on every rank: scores differ in the last bit between ranks, masks must not differ at all."""
+    """Return rank 0's proposal on every rank: scores differ in the last bit between ranks, masks must not."""
     if _ranks() == 1:
         return proposal
     masks = {name: _from_first_rank(mask.to(device, torch.uint8)).bool() for name, mask in proposal.masks.items()}

@@ -353,6 +353,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
     """Return what makes two tensors one: the memory they lie on, or the object itself where it has none."""
+    tensor = getattr(tensor, "_local_tensor", tensor)  # a sharded tensor has no memory of its own
     if tensor.layout is not torch.strided or tensor.numel() == 0 or tensor.untyped_storage().data_ptr() == 0:
         return (id(tensor),)
     start = tensor.untyped_storage().data_ptr()

@@ -52,7 +52,7 @@ class _Step(nn.Module):
     def forward(self, batch: Any, batch_idx: int) -> Tensor:
         if self.loss_fn is not None:
             return _as_loss(self.loss_fn(self.module, batch), "loss_fn")
-        step = self.module.training_step
+        step: Any = self.module.training_step
         positional = [p for p in inspect.signature(step).parameters.values() if p.kind in _POSITIONAL]
         takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in positional)
         return _as_loss(step(batch, batch_idx) if takes_index else step(batch), "training_step")

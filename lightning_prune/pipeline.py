@@ -68,7 +68,7 @@ class AfterPruning(Callback):
 class InterruptedCheckpoint(Callback):
     """Save `interrupted.ckpt` on Ctrl-C or an error.
 
-    Lightning's own OnExceptionCheckpoint makes every later `fit(ckpt_path=None)` go on from the last checkpoint by itself.
+    Lightning's own OnExceptionCheckpoint makes every later `fit(ckpt_path=None)` go on from the last checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +147,7 @@ def load_weights(model: LightningModule, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or belongs to another model; `model` is unchanged then.
     """
-    path = _existing(path, "ckpt_path")
+    path = str(_existing(path, "ckpt_path"))
     try:
         if path.endswith(".safetensors"):
             state = load_file(path)
@@ -215,7 +215,7 @@ def _write_results(
     accuracy: dict[str, float | None],
     folder: Path,
 ) -> None:
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return
     example = _example(model, data, int(cfg.measure.batch_size))
     receipt = (

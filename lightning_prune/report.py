@@ -1,4 +1,4 @@
-"""Fill a receipt from what is in force: masks, events, bytes on disk, and (with an example input) FLOPs and milliseconds."""
+"""Fill a receipt from what is in force: masks, events, bytes on disk, and (given an input) FLOPs and milliseconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import nn
 from lightning_prune.callback import PruningCallback
 from lightning_prune.masks import DTensor, MaskManager
 from lightning_prune.measure import (
-    Timing,
     count_flops,
     count_parameters,
     file_bytes,
@@ -38,7 +37,9 @@ def arguments_of(method: object) -> dict[str, Any]:
         if "__init__" in vars(base) and base.__module__.startswith(type(method).__module__.split(".")[0]):
             names.update(
                 dict.fromkeys(
-                    p.name for p in inspect.signature(base.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD
+                    p.name
+                    for p in inspect.signature(vars(base)["__init__"]).parameters.values()
+                    if p.kind is not p.VAR_KEYWORD
                 )
             )
     names.pop("self", None)

@@ -48,8 +48,8 @@ class RNGState(Callback):
             self._restore(trainer, state["ranks"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Between epochs the uninterrupted run saves first and draws the next order of the data afterwards. A resumed run
-        # draws it before on_train_start, or, if configure_optimizers asks for the length of the fit, before this hook.
+        # Between epochs the uninterrupted run saves first and draws the next order of the data afterwards. A resumed
+        # run draws it before on_train_start, or, if configure_optimizers asks for the length of the fit, before this.
         if self._between_epochs and trainer.train_dataloader is None:
             self._restore(trainer, self._loaded)
 

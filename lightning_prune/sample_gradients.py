@@ -2,8 +2,8 @@
 
 Three ways, tried in this order; the first one whose rows equal a plain loop on a probe is used for all rows:
 
-- *outer*: one forward and backward pass per chunk. For a linear layer or convolution the gradient of a row is the product of
-  the layer's inputs and output gradients, summed over the samples of the row: one batched matrix product per layer.
+- *outer*: one forward and backward pass per chunk. For a linear layer or convolution the gradient of a row is the
+  product of the layer's inputs and output gradients, summed over the samples of the row: one batched product per layer.
 - *vmap*: `torch.func.vmap` of `torch.func.grad` over single-row batches.
 - *loop*: one backward pass per row; works wherever a loss of a slice of the batch can be had.
 """

@@ -93,6 +93,12 @@ class Moment:
             return position.progress is not None and position.progress >= self.when - 1e-9
         return position.epoch >= int(self.when)
 
+    def is_past(self, position: Position) -> bool:
+        """Whether this moment lies before the position, so that a fit that goes on from there has missed it."""
+        if isinstance(self.when, int):
+            return self.when < position.epoch
+        return self.when != "end" and self.reached(position)
+
 
 def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
     """Turn the argument `at` into moments in order.

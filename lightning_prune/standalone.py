@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.callback import PruningCallback, describe_event
-from lightning_prune.context import Context, event_generator
+from lightning_prune.callback import PruningCallback
+from lightning_prune.context import Context, describe_event, event_generator
 from lightning_prune.masks import MaskManager, full
 from lightning_prune.objective import LossFunction, Objective, to_device
 from lightning_prune.receipt import Receipt
@@ -43,9 +43,7 @@ def prune(
         ValueError: an argument or the module does not fit the method; the module is unchanged then.
     """
     if not isinstance(method, PruningCallback):
-        raise ValueError(
-            f"`method` must be a pruning callback such as Magnitude(sparsity=0.9), got {method!r}."
-        )
+        raise ValueError(f"`method` must be a pruning callback such as Magnitude(sparsity=0.9), got {method!r}.")
     if not isinstance(module, nn.Module):
         raise ValueError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Put the configurations of lightning_prune on Hydra's search path, so that `pruning: magnitude` is found in any Hydra app."""
+"""Put our configurations on Hydra's search path, so that `pruning: magnitude` is found in any Hydra application."""
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
