@@ -32,6 +32,7 @@ Part = Callable[[Parameters], Tensor]
 
 BACKENDS = ("reverse_over_reverse", "forward_over_reverse")
 _NOISE_STRIDE = 1_000_003  # noise of step t, slice i: seed + t * stride + i
+_ONCE = "torch::autograd::Error"  # autograd's node for a gradient that may not be differentiated again
 _SAMPLE_STRIDE = 15_485_863  # between the seeds of successive lists of batches
 
 
@@ -128,9 +129,16 @@ def _reverse_product(
     leaves = _leaves(parameters)
     slopes = _gradients([part(leaves)], [leaves[name] for name in vector], create_graph=True)
     pairs = [(slope, vector[name]) for slope, name in zip(slopes, vector, strict=True) if slope.requires_grad]
+    _refuse_dead_ends([slope for slope, _ in pairs])
     if not pairs:  # the loss is linear in these parameters
         return [torch.zeros_like(parameters[name]) for name in names]
     return _gradients([s for s, _ in pairs], [leaves[n] for n in names], grad_outputs=[a for _, a in pairs])
+
+
+def _refuse_dead_ends(slopes: Sequence[Tensor]) -> None:
+    """Raise where a backward is marked as differentiable once: asked for some inputs only, autograd would skip it."""
+    if any(node.name() == _ONCE for node in _graph_nodes(slopes)):
+        raise NotImplementedError("a backward is marked with @once_differentiable")
 
 
 def _forward_product(
@@ -252,7 +260,8 @@ def check_functional(loss: Tensor, module: nn.Module) -> None:
             "with its graph from `training_step`, or give `loss_fn(module, batch) -> scalar tensor`."
         )
     live = {id(parameter): name for name, parameter in named_tensors(module).items()}
-    reached = next((live[id(v)] for v in _graph_variables(loss) if id(v) in live), None)
+    variables = (getattr(node, "variable", None) for node in _graph_nodes([loss]))
+    reached = next((live[id(variable)] for variable in variables if id(variable) in live), None)
     if reached is not None:
         holder = _holder(module, named_tensors(module)[reached])
         also = f": attribute {holder!r} holds it a second time" if holder else ""
@@ -262,17 +271,15 @@ def check_functional(loss: Tensor, module: nn.Module) -> None:
         )
 
 
-def _graph_variables(loss: Tensor) -> Iterator[Tensor]:
-    seen, stack = set(), [loss.grad_fn]
+def _graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """All nodes of the graphs behind tensors, each once."""
+    seen, stack = set(), [tensor.grad_fn for tensor in tensors]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            yield variable
-        stack.extend(following for following, _ in node.next_functions)
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(following for following, _ in node.next_functions)
 
 
 def _holder(module: nn.Module, parameter: Tensor) -> str | None:
