@@ -18,8 +18,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_prune.checks import check_bool, check_fraction, check_integer
+from lightning_prune.checks import check_bool, check_integer
 from lightning_prune.context import Context, Proposal, describe_event, event_generator
 from lightning_prune.fit import (
     ForwardRecorder,
@@ -30,11 +31,10 @@ from lightning_prune.fit import (
     position_of,
     same_on_all_ranks,
     shadow_modules,
-    steps_before_epoch,
 )
 from lightning_prune.masks import DTensor, MaskManager, full
 from lightning_prune.objective import Objective
-from lightning_prune.schedules import Moment, Position, parse_at
+from lightning_prune.schedules import Position
 from lightning_prune.targets import check_patterns, select
 
 STATE_VERSION = 1
@@ -89,6 +89,7 @@ class PruningCallback(Callback):
         self.reset()
 
     @property
+    @override
     def state_key(self) -> str:
         """Key of this callback's state in checkpoints."""
         return f"lightning_prune.{self.name or self.method}"
@@ -128,6 +129,7 @@ class PruningCallback(Callback):
 
     # Lightning's hooks, in the order in which they run
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -137,6 +139,7 @@ class PruningCallback(Callback):
         if self._primary:
             MaskManager.of(pl_module).detach()
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
@@ -155,6 +158,7 @@ class PruningCallback(Callback):
                 "callbacks to resume; to go on from its weights, load them without `ckpt_path` and set masks_from_zeros=True."
             )
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         if self._pending is not None:
             return self._pending
@@ -175,10 +179,12 @@ class PruningCallback(Callback):
             **self.extra_state(),
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # kept until on_train_start, when the module is whole; one saved before that (by a learning rate finder) is empty
         self._pending = dict(state_dict) if state_dict.get("bound", True) else None
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         targets = select(pl_module, self.include, self.exclude)
         self._check_module(pl_module, targets)
@@ -195,18 +201,22 @@ class PruningCallback(Callback):
         self._recorder.watch(pl_module)
         self._act(trainer, pl_module)
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._act(trainer, pl_module)
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._primary and self.mask_gradients:
             MaskManager.of(pl_module).mask_gradients(optimizer)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._act(trainer, pl_module)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         late = self.due(position_of(trainer, pl_module, over=True))
         if late is not None:
@@ -220,9 +230,11 @@ class PruningCallback(Callback):
         self._write_receipt(trainer, pl_module)
         # enforcement lasts until teardown: other callbacks may still prune, or copy averaged weights, after this one
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release(pl_module)
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._release(pl_module)
@@ -337,62 +349,3 @@ class PruningCallback(Callback):
     def _release(self, pl_module: LightningModule) -> None:
         self._recorder.forget()
         MaskManager.of(pl_module).detach()
-
-
-class OneShotPruning(PruningCallback):
-    """A method that prunes at given moments of a fit and leaves the rest of it to fine-tuning.
-
-    Args:
-        sparsity: pruned fraction of the selected weights, in [0, 1); None if `at` lists pairs.
-        at: "start" (before the first optimizer step), "end" (after the last), an int (that many epochs done), a float
-            in (0, 1) (that fraction of the fit done), or a list of (when, sparsity) pairs.
-        **common: see `PruningCallback`.
-    """
-
-    def __init__(self, sparsity: float | None = None, at: Any = "start", **common: Any) -> None:
-        super().__init__(**common)
-        self.moments: tuple[Moment, ...] = parse_at(at, sparsity)
-        paired = not isinstance(at, (str, int, float))
-        if paired and sparsity is not None:
-            raise ValueError(f"`sparsity` must be left out when `at` lists (when, sparsity) pairs, got {sparsity!r}.")
-        if not paired:
-            check_fraction("sparsity", sparsity)
-        self.sparsity = self.moments[-1].target
-        self.at = at
-
-    @property
-    def finished(self) -> bool:
-        return self.events >= len(self.moments)
-
-    def due(self, position: Position) -> float | None:
-        reached = [moment for moment in self.moments[self.events :] if moment.reached(position)]
-        return reached[-1].target if reached else None
-
-    def mark_done(self, position: Position) -> None:
-        self.events += len([moment for moment in self.moments[self.events :] if moment.reached(position)])
-        self.last_step = position.step
-
-    def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
-        for moment in [] if trainer.fast_dev_run else self.moments[self.events :]:
-            if isinstance(moment.when, float) and position.progress is None:
-                raise MisconfigurationException(
-                    f"`at`={moment.when} is a fraction of the fit, whose length is not known (max_epochs or max_steps is "
-                    "-1). Give epochs (int)."
-                )
-            self._check_not_beyond(trainer, moment, position)
-            if position.step > 0 and not resumed and moment.is_past(position):
-                raise MisconfigurationException(
-                    f"`at`={moment.when!r} lies before step {position.step}, at which this fit goes on from a checkpoint "
-                    "that was not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `at`."
-                )
-
-    def _check_not_beyond(self, trainer: Trainer, moment: Moment, position: Position) -> None:
-        if not isinstance(moment.when, int) or position.total_steps is None:
-            return
-        first = steps_before_epoch(trainer, trainer.lightning_module, moment.when)
-        if first is not None and first >= position.total_steps > 0:
-            raise MisconfigurationException(
-                f"`at`={moment.when} epochs lies beyond the fit, which ends after {position.total_steps} steps "
-                f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Lower it, train longer, or use "
-                "at='end'."
-            )

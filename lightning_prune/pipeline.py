@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_prune.callback import PruningCallback
 from lightning_prune.files import replacing
@@ -40,23 +41,29 @@ class AfterPruning(Callback):
         self.state: dict[str, Tensor] | None = None
         self.dense_accuracy = dense_accuracy
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"dense_accuracy": self.dense_accuracy}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.dense_accuracy = state_dict["dense_accuracy"]
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module)
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._look(trainer, pl_module)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module)
 
@@ -75,6 +82,7 @@ class InterruptedCheckpoint(Callback):
         super().__init__()
         self.path = folder / "interrupted.ckpt"
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.global_step > 0:
             trainer.save_checkpoint(self.path)

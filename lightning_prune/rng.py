@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from lightning_prune.callback import RNG_STATE_KEY
 from lightning_prune.sandbox import rng_states, set_rng_states
@@ -27,19 +28,24 @@ class RNGState(Callback):
         self._between_epochs = False
 
     @property
+    @override
     def state_key(self) -> str:
         """Key of this callback's state in checkpoints."""
         return RNG_STATE_KEY
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"version": 1, "ranks": _gather(rng_states())}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = list(state_dict["ranks"])
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None  # of a test run with `ckpt_path`
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         self._between_epochs = bool(progress.get("is_last_batch", False)) and trainer.state.fn == "fit"
@@ -47,12 +53,14 @@ class RNGState(Callback):
         if state is not None and self._between_epochs:
             self._restore(trainer, state["ranks"])
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Between epochs the uninterrupted run saves first and draws the next order of the data afterwards. A resumed
         # run draws it before on_train_start, or, if configure_optimizers asks for the length of the fit, before this.
         if self._between_epochs and trainer.train_dataloader is None:
             self._restore(trainer, self._loaded)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._between_epochs:
             self._restore(trainer, self._loaded)

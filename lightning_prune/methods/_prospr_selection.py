@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.callback import OneShotPruning
 from lightning_prune.checks import check_bool, check_integer
+from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.schedules import geometric
 from lightning_prune.selection import (
     Scope,

@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_prune.callback import OneShotPruning, PruningCallback
+from lightning_prune.callback import PruningCallback
 from lightning_prune.checks import check_fraction, check_integer
 from lightning_prune.context import Context, Proposal
+from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.schedules import SCHEDULES, Position, Ramp, check_bound, check_schedule
 from lightning_prune.selection import Scope, check_layer_floor, check_scope, keep_n_of_m, keep_top
 
@@ -98,6 +100,7 @@ class Magnitude(OneShotPruning):
         self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
         self.pattern = pattern
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w|."""
         scores = magnitude_scores(context.weights)
@@ -164,9 +167,11 @@ class GradualMagnitude(PruningCallback):
         self._bounds: tuple[int, int] | None = None
 
     @property
+    @override
     def finished(self) -> bool:
         return self._bounds is not None and self.last_step >= self._bounds[1]
 
+    @override
     def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
         if trainer.fast_dev_run:
             self._bounds = (0, position.total_steps or 1)
@@ -182,6 +187,7 @@ class GradualMagnitude(PruningCallback):
                 "later `begin`."
             )
 
+    @override
     def due(self, position: Position) -> float | None:
         """The schedule's value at a grid point that has not been acted on; the final one at the end."""
         if self._bounds is None or self.finished:
@@ -197,6 +203,7 @@ class GradualMagnitude(PruningCallback):
         progress = 1.0 if step >= end else (step - begin) / (end - begin)
         return SCHEDULES[self.schedule](progress, self.initial_sparsity, self.sparsity)
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w|."""
         return Proposal(

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_prune.callback import OneShotPruning
 from lightning_prune.context import Context, Proposal
+from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.selection import Scope, check_layer_floor, check_scope, keep_top
 
 __all__ = ["RandomPruning", "random_scores"]
@@ -55,6 +56,7 @@ class RandomPruning(OneShotPruning):
         self.scope: Scope = scope
         self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the luckiest weights."""
         scores = random_scores(context.weights, context.generator)
