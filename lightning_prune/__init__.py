@@ -28,7 +28,9 @@ _EXPORTS = {
     "SynFlow": "methods.synflow",
     "channel_groups": "dependency",
     "instantiate_callbacks": "instantiate",
+    "load_shrunk": "shrink",
     "prune": "standalone",
+    "shrink": "shrink",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -57,11 +57,12 @@ class DependencyReport:
 
 @dataclass
 class Analysis:
-    """Everything later stages need: how the module was run, its graphs, and the walk over them."""
+    """Everything later stages need: how the module was run, its graphs, the walk over them, its parameters' shapes."""
 
     calls: list[Call]
     graphs: list[Graph]
     walk: Walk
+    sizes: dict[str, tuple[int, ...]]
 
 
 class ChannelGroups(Sequence[ChannelGroup]):
@@ -110,6 +111,7 @@ def channel_groups(
     extra_inputs: Sequence[Any] = (),
     exclude: Sequence[str] | str = (),
     time_limit: float = 20.0,
+    train_mode: bool = True,
 ) -> ChannelGroups:
     """Find the units of a module that may be removed together.
 
@@ -123,6 +125,7 @@ def channel_groups(
         extra_inputs: further examples (other code paths); constraints of all examples add up.
         exclude: names or patterns of parameters or modules none of whose dims may change.
         time_limit: seconds after which no further choice of unit axes is tried, > 0.
+        train_mode: trace train mode too; without it a module that is only ever run in eval mode may offer more.
     Returns:
         The groups, possibly none, with a report of what may not be removed and why.
     Raises:
@@ -133,7 +136,7 @@ def channel_groups(
     calls = calls_of(module, example_input, example_kwargs)
     for extra in extra_inputs:
         calls += calls_of(module, extra)
-    graphs, notes = _trace_all(module, calls)
+    graphs, notes = _trace_all(module, calls, train_mode)
     pinned = _excluded(module, check_patterns("exclude", exclude) or ())
     walk = analyse(graphs, module, pinned, time_limit)
     groups = build_groups(walk)
@@ -149,7 +152,8 @@ def channel_groups(
         tuple(dict.fromkeys(walk.faults)),
         tuple(f"{graph.origin} ({'train' if graph.training else 'eval'})" for graph in graphs), tuple(notes),
     )  # fmt: skip
-    return ChannelGroups(groups, report, Analysis(calls, graphs, walk))
+    sizes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    return ChannelGroups(groups, report, Analysis(calls, graphs, walk, sizes))
 
 
 def _check_module(module: nn.Module) -> None:
@@ -162,11 +166,13 @@ def _check_module(module: nn.Module) -> None:
             )
 
 
-def _trace_all(module: nn.Module, calls: Sequence[Call]) -> tuple[list[Graph], list[str]]:
+def _trace_all(module: nn.Module, calls: Sequence[Call], train_mode: bool) -> tuple[list[Graph], list[str]]:
     """Trace every call in eval and train mode; a module that cannot run in train mode is analysed in eval mode only."""
     graphs, notes = [], []
     for call in calls:
         graphs.append(trace(module, call, training=False))
+        if not train_mode:
+            continue
         try:
             graphs.append(trace(module, call, training=True))
         except ValueError as error:
