@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ NAMES = sorted(
 )
 # small values for arguments of these names, whatever the method
 SMALL = {
-    "sparsity": 0.5, "budget": 0.5, "measure": False, "every_n_steps": 1, "num_grads": 16, "rounds": 5,
+    "sparsity": 0.5, "budget": 0.5, "measure": False, "every_n_steps": 1, "num_grads": 16, "rounds": 2, "steps": 2,
 }  # fmt: skip
 
 
@@ -64,7 +65,9 @@ def signature_of(kind: type) -> dict[str, inspect.Parameter]:
     return found
 
 
+@functools.cache
 def read_spec(name: str) -> Spec:
+    """Read a YAML through Hydra, once."""
     node = OmegaConf.to_container(compose_pruning(name).callbacks.pruning, resolve=True)
     module, _, kind = node["_target_"].rpartition(".")
     arguments = {key: value for key, value in node.items() if not key.startswith("_")}

@@ -119,8 +119,7 @@ def with_events_on_both_sides(spec: Spec) -> Any:
 
 
 @needs_fork
-@pytest.mark.parametrize("moment", ["mid-epoch", "inside-a-save"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("optimizer", "moment"), [("sgd", "mid-epoch"), ("adamw", "inside-a-save")])
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_resumed_equals_never_killed(name: str, optimizer: str, moment: str, tmp_path: Path) -> None:
     spec = read_spec(name)
