@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_prune.batches import batch_length, map_batch, slice_batch
 from lightning_prune.checks import check_choice
 from lightning_prune.masks import full
 from lightning_prune.objective import Objective, buffers_of, evaluate
-from lightning_prune.sample_gradients import batch_length, map_batch, slice_batch
 from lightning_prune.sandbox import seed_all
 from lightning_prune.targets import named_tensors
 

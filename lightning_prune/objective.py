@@ -26,6 +26,8 @@ from torch.utils.data import (
     Sampler,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
 )
 
 from lightning_prune.masks import full
@@ -217,7 +219,23 @@ def calibration_loader(loader: DataLoader, seed: int, rank: int = 0, world_size:
             )
         drop_last = bool(getattr(loader.batch_sampler, "drop_last", False))
         batches = {"batch_sampler": BatchSampler(sampler, size, drop_last)}
-    return DataLoader(data, collate_fn=loader.collate_fn, num_workers=0, generator=generator, **batches)
+    collate = loader.collate_fn
+    if isinstance(data, TensorDataset) and collate is default_collate and loader.batch_sampler is not None:
+        data, collate = _WholeBatches(data), list
+    return DataLoader(data, collate_fn=collate, num_workers=0, generator=generator, **batches)
+
+
+class _WholeBatches(Dataset):
+    """Rows of a TensorDataset by one index per tensor instead of one per sample: the same batches, many times faster."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.tensors = data.tensors
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [tensor[indices] for tensor in self.tensors]
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
 
 
 def _restricted(loader: DataLoader) -> Dataset:

@@ -10,20 +10,24 @@ Three ways, tried in this order; the first one whose rows equal a plain loop on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune.batches import batch_length, map_batch, regroup, slice_batch
 from lightning_prune.checks import check_choice, check_integer
 from lightning_prune.masks import full
 from lightning_prune.objective import Objective, buffers_of, evaluate
 from lightning_prune.targets import canonical_name, named_tensors
 
 WAYS = ("auto", "outer", "vmap", "loop")
-_CHUNK_BYTES = 256 * 2**20  # activations unfolded at once
+_FIRST_CHUNK = 256  # samples in one pass until it is known what a sample costs
+_CHUNK_BYTES = 64 * 2**20  # unfolded activations in one pass
 _TOLERANCE = 1e-4  # float32 rows of the fast ways against the loop, relative to the largest entry
 
 
@@ -52,33 +56,25 @@ def gradient_rows(
         ValueError: fewer samples than one row needs, a batch that cannot be cut into samples, or a gradient that is not
             finite (the row is named).
     """
-    check_integer("rows", rows, 1)
-    check_integer("samples_per_row", samples_per_row, 1)
-    check_choice("way", way, WAYS)
-    with objective.open() as step:
-        step.eval()
-        source = _Rows(objective, step, names, samples_per_row)
-        matrix = torch.empty(rows, source.width, dtype=dtype, device=source.device)
-        done = 0
-        for batch, count in regroup(objective.batches(None), rows, samples_per_row, source.chunk_rows):
-            fill = source.choose(way, batch)
-            part = matrix[done : done + count]
-            fill(batch, part)
-            _check_rows(part, done)
-            done += count
-            objective.advance()
-    if not done:
-        raise ValueError(
-            f"there are fewer than `samples_per_row`={samples_per_row} calibration samples. Give a larger dataloader."
-        )
-    return matrix[:done]
+    with GradientSource(objective, names, way) as source:
+        return source.rows(rows, samples_per_row, dtype)
 
 
-class _Rows:
-    """The three ways to fill rows of one matrix, for one module and one order of columns."""
+class GradientSource:
+    """Gradients of one objective at any weights, from a stream of samples that goes on from call to call.
 
-    def __init__(self, objective: Objective, step: nn.Module, names: Sequence[str], samples: int) -> None:
-        self.step, self.samples, self.names = step, samples, list(names)
+    Use it as a context: inside, the module is in the sandbox and in eval mode. The stream starts over when the data are
+    used up; one call never uses a sample twice.
+
+    Args:
+        objective: the loss and its batches.
+        names: canonical parameter names; their flattened entries are the p columns, in this order.
+        way: "auto", or one of "outer", "vmap", "loop".
+    """
+
+    def __init__(self, objective: Objective, names: Sequence[str], way: str = "auto") -> None:
+        self.objective, self.names = objective, list(names)
+        self.way = check_choice("way", way, WAYS)
         self.parameters = {
             name: full(p.detach()).clone().requires_grad_(name in set(names))
             for name, p in named_tensors(objective.module).items()
@@ -86,16 +82,90 @@ class _Rows:
         self.buffers = buffers_of(objective.module)
         self.sizes = [self.parameters[name].numel() for name in names]
         self.width = sum(self.sizes)
-        self.device = self.parameters[names[0]].device
-        self.chunk_rows = max(1, 256 // samples)
+        self.device = self.parameters[self.names[0]].device
+        self.chunk = _FIRST_CHUNK
         self._fill: Callable[[Any, Tensor], None] | None = None
+        self._stack = ExitStack()
+        self._stream: Iterator[Any] = iter(())
+        self._position = 0  # samples read in this pass
+        self._length: int | None = None  # of a pass, once one has been read
 
-    def choose(self, way: str, batch: Any) -> Callable[[Any, Tensor], None]:
+    def __enter__(self) -> GradientSource:
+        self.step = self._stack.enter_context(self.objective.open())
+        self.step.eval()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def at(self, flat: Tensor) -> None:
+        """Evaluate at other values of the named parameters from now on; `flat` has shape (p,)."""
+        with torch.no_grad():
+            for name, part in zip(self.names, flat.split(self.sizes), strict=True):
+                self.parameters[name].copy_(part.view_as(self.parameters[name]))
+
+    def rows(self, rows: int, samples_per_row: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix of `gradient_rows` from the next samples of the stream."""
+        check_integer("rows", rows, 1)
+        self.samples = check_integer("samples_per_row", samples_per_row, 1)
+        matrix = torch.empty(rows, self.width, dtype=dtype, device=self.device)
+        done = 0
+        for batch, count in regroup(self._next_pass(), rows, self.samples, lambda: max(1, self.chunk // self.samples)):
+            fill = self._choose(batch)
+            part = matrix[done : done + count]
+            fill(batch, part)
+            _check_rows(part, done)
+            done += count
+            self.objective.advance()
+        if not done:
+            raise ValueError(
+                f"there are fewer than `samples_per_row`={samples_per_row} calibration samples. "
+                "Give a larger dataloader."
+            )
+        return matrix[:done]
+
+    def mean(self, samples: int) -> tuple[float, Tensor]:
+        """Return (mean loss, its gradient of shape (p,)) over the next `samples` samples, or all there are.
+
+        Raises:
+            ValueError: there is no sample, or a loss or gradient is not finite.
+        """
+        wanted = [self.parameters[name] for name in self.names]
+        total = torch.zeros(self.width, device=self.device)
+        loss_sum, seen = 0.0, 0
+        for batch, count in regroup(self._next_pass(), check_integer("samples", samples, 1), 1, lambda: self.chunk):
+            loss = evaluate(self.step, self.parameters, self.buffers, batch, seen)
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+            total.add_(torch.cat([g.flatten() for g in flat]), alpha=count)
+            loss_sum, seen = loss_sum + count * float(loss.detach()), seen + count
+            self.objective.advance()
+        if not seen:
+            raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError("the mean gradient of the calibration samples is not finite. Check loss and data.")
+        return loss_sum / seen, total.div_(seen)
+
+    def _next_pass(self) -> Iterator[Any]:
+        """Batches from where the stream stands, at most as many samples as one pass over the data has."""
+        given, restarted = 0, False
+        while self._length is None or given < self._length:
+            batch = next(self._stream, None)
+            if batch is not None:
+                given, self._position = given + batch_length(batch), self._position + batch_length(batch)
+                yield batch
+            elif restarted:
+                return
+            else:
+                self._length = self._position or None
+                self._stream, self._position, restarted = iter(self.objective.batches(None)), 0, True
+
+    def _choose(self, batch: Any) -> Callable[[Any, Tensor], None]:
         """The fastest way that agrees with the loop on the first rows of `batch`; chosen once."""
         if self._fill is None:
             ways = {"outer": self.outer, "vmap": self.vmap, "loop": self.loop}
-            self._fill = self.loop if way == "auto" else ways[way]
-            if way == "auto":
+            self._fill = self.loop if self.way == "auto" else ways[self.way]
+            if self.way == "auto":
                 self._fill = next((fill for fill in (self.outer, self.vmap) if self._agrees(fill, batch)), self.loop)
         return self._fill
 
@@ -127,6 +197,8 @@ class _Rows:
         with _Recorder(self.step, self.names) as recorder:
             loss = evaluate(self.step, self.parameters, self.buffers, batch)
             calls = recorder.calls
+            per_sample = sum(call.bytes for call in calls) / batch_length(batch)
+            self.chunk = int(min(4096, max(self.samples, _CHUNK_BYTES / max(1.0, per_sample))))
             grads = torch.autograd.grad(loss, [call.output for call in calls], allow_unused=True)
         columns = dict(zip(self.names, out.split(self.sizes, dim=1), strict=True))
         out.zero_()
@@ -157,6 +229,12 @@ class _Call:
     def __init__(self, name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
         self.name, self.layer, self.output = name, layer, output
         self.given, self.version = given.detach(), given._version
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the input, unfolded into patches for a convolution."""
+        kernel = math.prod(getattr(self.layer, "kernel_size", (1,)))
+        return self.given.numel() * kernel * self.given.element_size()
 
     def rows(self, grad: Tensor, rows: int) -> Tensor:
         """Sum of (output gradient x input) over the samples of each row, shape (rows, *weight.shape)."""
@@ -227,93 +305,6 @@ def _shared(step: nn.Module, wanted: set[str]) -> bool:
         if canonical_name(name).removeprefix("module.") in wanted:
             chosen.add(id(parameter))
     return any(seen[key] > 1 for key in chosen)
-
-
-def regroup(batches: Any, rows: int, samples_per_row: int, chunk_rows: int) -> Iterator[tuple[Any, int]]:
-    """Yield (batch, number of rows in it), cut and joined from `batches` so that rows never straddle two of them.
-
-    Args:
-        batches: batches of any length.
-        rows: rows to yield in all, at most.
-        samples_per_row: samples in one row.
-        chunk_rows: rows in one yielded batch, at most.
-    """
-    held: Any = None
-    left = rows
-    for batch in batches:
-        joined = batch if held is None else join_batches(held, batch)
-        if joined is None:  # ragged batches: each gives the whole rows it has
-            yield from _rows_of(held, min(left, chunk_rows, batch_length(held) // samples_per_row), samples_per_row)
-            left -= min(left, chunk_rows, batch_length(held) // samples_per_row)
-            joined = batch
-        held = joined
-        while left and batch_length(held) >= (size := min(left, chunk_rows) * samples_per_row):
-            yield slice_batch(held, 0, size), size // samples_per_row
-            left -= size // samples_per_row
-            held = slice_batch(held, size, batch_length(held))
-        if not left:
-            return
-    if held is not None:
-        yield from _rows_of(held, min(left, batch_length(held) // samples_per_row), samples_per_row)
-
-
-def _rows_of(batch: Any, count: int, samples_per_row: int) -> Iterator[tuple[Any, int]]:
-    if count:
-        yield slice_batch(batch, 0, count * samples_per_row), count
-
-
-def batch_length(batch: Any) -> int:
-    """Return the number of samples: the first dimension of the first tensor in the batch.
-
-    Raises:
-        ValueError: there is no tensor with a first dimension.
-    """
-    lengths = [tensor.shape[0] for tensor in _tensors(batch) if tensor.dim()]
-    if not lengths:
-        raise ValueError(
-            "a calibration batch has no tensor with a batch dimension. Give `loss_fn` and a loader of plain tensors."
-        )
-    return int(lengths[0])
-
-
-def slice_batch(batch: Any, start: int, stop: int) -> Any:
-    """Return samples start..stop-1 of every tensor that has the batch's length; everything else as it is."""
-    length = batch_length(batch)
-    return map_batch(batch, lambda tensor: tensor[start:stop], length)
-
-
-def join_batches(one: Any, two: Any) -> Any:
-    """Return the samples of `one` followed by those of `two`; None if their tensors differ in number or shape."""
-    first, second = list(_tensors(one)), list(_tensors(two))
-    same = len(first) == len(second) and all(a.shape[1:] == b.shape[1:] for a, b in zip(first, second, strict=True))
-    if not same:
-        return None
-    joined = iter([torch.cat([a, b]) if a.dim() else a for a, b in zip(first, second, strict=True)])
-    return map_batch(one, lambda tensor: next(joined))
-
-
-def map_batch(batch: Any, function: Callable[[Tensor], Tensor], length: int | None = None) -> Any:
-    """Apply `function` to every tensor of the tree (only to those of first dimension `length`, if given)."""
-    if isinstance(batch, Tensor):
-        return function(batch) if length is None or (batch.dim() and batch.shape[0] == length) else batch
-    if isinstance(batch, Mapping):
-        return {key: map_batch(value, function, length) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_batch(value, function, length) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(map_batch(value, function, length) for value in batch)
-    return batch
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _tensors(value)
 
 
 def _check_rows(part: Tensor, first: int) -> None:

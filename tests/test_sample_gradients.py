@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune.batches import join_batches, regroup, slice_batch
 from lightning_prune.objective import Objective
-from lightning_prune.sample_gradients import gradient_rows, join_batches, regroup, slice_batch
+from lightning_prune.sample_gradients import GradientSource, gradient_rows
 
 
 def loss(module: nn.Module, batch: Any) -> Tensor:
@@ -98,12 +99,19 @@ def test_a_sum_reduced_loss_falls_back_to_rows_that_equal_the_loop() -> None:
 
 
 def test_a_loss_with_python_control_flow_falls_back_to_the_loop() -> None:
-    torch.manual_seed(0)
-    net = nn.Bilinear(4, 4, 5).double()  # no linear layer, so no outer products
+    class Plain(nn.Module):  # no linear layer, so no outer products
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-1, 1, 20).view(4, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    net = Plain().double()
     source = objective(net, (4,))
 
     def branching(module: nn.Module, batch: Any) -> Tensor:
-        value = functional.cross_entropy(module(batch[0], batch[0]), batch[1])
+        value = functional.cross_entropy(module(batch[0]), batch[1])
         return value * 2 if value.detach().item() > 1 else value
 
     source.loss_fn = branching
@@ -133,14 +141,14 @@ def test_storage_in_bfloat16_rounds_the_rows() -> None:
 
 def test_batches_are_joined_and_cut_into_whole_rows() -> None:
     source = [torch.arange(i, i + 5) for i in range(0, 20, 5)]
-    parts = list(regroup(source, rows=6, samples_per_row=3, chunk_rows=4))
+    parts = list(regroup(source, rows=6, samples_per_row=3, chunk_rows=lambda: 4))
     assert [count for _, count in parts] == [4, 2]
     assert torch.cat([part for part, _ in parts]).tolist() == list(range(18))
 
 
 def test_ragged_batches_give_the_whole_rows_they_have() -> None:
     source = [torch.zeros(5, 2), torch.ones(4, 3)]
-    parts = list(regroup(source, rows=9, samples_per_row=2, chunk_rows=8))
+    parts = list(regroup(source, rows=9, samples_per_row=2, chunk_rows=lambda: 8))
     assert [(tuple(part.shape), count) for part, count in parts] == [((4, 2), 2), ((4, 3), 2)]
 
 
@@ -184,3 +192,40 @@ def test_bad_arguments_are_named(argument: str, value: Any) -> None:
     arguments = {"rows": 2, "samples_per_row": 1, "way": "auto", argument: value}
     with pytest.raises(ValueError, match=f"`{argument}`"):
         gradient_rows(objective(net, (4,)), ["weight"], **arguments)
+
+
+def test_a_source_goes_on_where_it_stopped_and_starts_over_at_the_end() -> None:
+    net = nn.Linear(4, 5).double()
+    source = objective(net, (4,), count=10, size=5)
+    whole = gradient_rows(source, ["weight"], 10, 1, torch.float64)
+    with GradientSource(source, ["weight"]) as stream:
+        parts = [stream.rows(5, 1, torch.float64) for _ in range(3)]
+    assert torch.allclose(torch.cat(parts[:2]), whole, rtol=0, atol=1e-12)
+    assert torch.allclose(parts[2], whole[:5], rtol=0, atol=1e-12)
+
+
+def test_one_call_never_uses_a_sample_twice() -> None:
+    net = nn.Linear(4, 5).double()
+    with GradientSource(objective(net, (4,), count=10, size=5), ["weight"]) as stream:
+        assert len(stream.rows(5, 1)) == 5
+        assert len(stream.rows(50, 1)) <= 10
+        assert len(stream.rows(50, 1)) == 10
+
+
+def test_a_source_evaluates_at_other_weights_and_leaves_the_module_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 5).double()
+    source = objective(net, (4,), count=10, size=5)
+    before = net.weight.detach().clone()
+    with GradientSource(source, ["weight"]) as stream:
+        stream.at(torch.zeros(20, dtype=torch.float64))
+        value, grad = stream.mean(10)
+    (first, second) = source.batches(None)
+    zero = nn.Linear(4, 5).double()
+    with torch.no_grad():
+        zero.weight.zero_()
+        zero.bias.copy_(net.bias)
+    expected = (loss(zero, first) + loss(zero, second)) / 2
+    assert value == pytest.approx(float(expected.detach()), abs=1e-12)
+    assert torch.allclose(grad, torch.autograd.grad(expected, zero.weight)[0].flatten().float(), atol=1e-6)
+    assert torch.equal(net.weight, before)

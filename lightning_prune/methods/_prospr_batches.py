@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from lightning_prune.batches import batch_length, join_batches, slice_batch
 from lightning_prune.checks import check_integer
 from lightning_prune.objective import Objective
-from lightning_prune.sample_gradients import batch_length, join_batches, slice_batch
 
 
 def check_optional(name: str, value: Any) -> int | None:

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.batches import batch_length, join_batches, map_batch
 from lightning_prune.checks import check_choice, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
 from lightning_prune.curvature import BACKENDS, Losses, point_of, replayed_losses
 from lightning_prune.methods._prospr_batches import BatchStream, check_optional, noise_seed, progress
 from lightning_prune.methods._prospr_selection import InitialPruning
-from lightning_prune.sample_gradients import batch_length, join_batches, map_batch
 from lightning_prune.selection import Scope
 
 __all__ = ["GraSP", "balanced_batch", "grasp_scores"]

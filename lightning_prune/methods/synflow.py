@@ -21,13 +21,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_prune.batches import map_batch
 from lightning_prune.checks import check_choice, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import full
 from lightning_prune.methods._prospr_batches import BatchStream, progress
 from lightning_prune.methods._prospr_selection import InitialPruning, Masks, prune_in_rounds
 from lightning_prune.objective import buffers_of, evaluate
-from lightning_prune.sample_gradients import map_batch
 from lightning_prune.sandbox import untouched
 from lightning_prune.selection import Scope
 from lightning_prune.targets import canonical_name
