@@ -13,7 +13,6 @@ import pytest
 import torch
 from integration.toys import (
     QUIET,
-    SAMPLES,
     STEPS,
     Toy,
     Watch,
@@ -32,7 +31,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import GradualMagnitude, Magnitude, MaskManager, RandomPruning
 
@@ -161,18 +160,6 @@ def test_a_fast_dev_run_tries_the_wiring(make: Callable[[], Any]) -> None:
     module = toy()
     fit(module, make(), fast_dev_run=True)
     assert kept_of(module, masks_of(module)) == Toy.TOTAL // 2
-
-
-def test_a_training_set_that_shrinks_does_not_end_the_fit_too_early() -> None:
-    class Shrinking(Toy):
-        def train_dataloader(self) -> Any:
-            size = SAMPLES if self.trainer.current_epoch == 0 else 8
-            return DataLoader(Subset(toy_data(), range(size)), batch_size=4)
-
-    callback = magnitude("end")
-    trainer = make_trainer(callback, reload_dataloaders_every_n_epochs=1, max_epochs=3)
-    trainer.fit(toy(kind=Shrinking))
-    assert [event["step"] for event in callback.history] == [trainer.global_step] == [STEPS + 2 + 2]
 
 
 # together
