@@ -34,6 +34,7 @@ from lightning_prune.fit import (
 )
 from lightning_prune.masks import DTensor, MaskManager, full
 from lightning_prune.objective import Objective
+from lightning_prune.repair import batch_norms
 from lightning_prune.schedules import Position
 from lightning_prune.targets import check_patterns, select
 
@@ -55,6 +56,8 @@ class PruningCallback(Callback):
         masks_from_zeros: take exact zeros of the selected weights as pruned when the fit starts.
         name: sets this callback apart from another one of the same class in one Trainer.
         measure: time the module and count its FLOPs for the receipt when training ends.
+        refit_bn: re-estimate BatchNorm statistics after every pruning event (of a module that has any).
+        refit_bn_batches: calibration batches for that, >= 1.
     Raises:
         ValueError: an argument breaks its rule.
     """
@@ -74,6 +77,8 @@ class PruningCallback(Callback):
         masks_from_zeros: bool = False,
         name: str | None = None,
         measure: bool = True,
+        refit_bn: bool = False,
+        refit_bn_batches: int = 40,
     ) -> None:
         super().__init__()
         self.include = check_patterns("include", include)
@@ -84,6 +89,8 @@ class PruningCallback(Callback):
         self.mask_gradients = check_bool("mask_gradients", mask_gradients)
         self.masks_from_zeros = check_bool("masks_from_zeros", masks_from_zeros)
         self.measure = check_bool("measure", measure)
+        self.refit_bn = check_bool("refit_bn", refit_bn)
+        self.refit_bn_batches = check_integer("refit_bn_batches", refit_bn_batches, 1)
         self.name = None if name is None else str(name)
         self.receipt: Any = None
         self.reset()
@@ -241,6 +248,12 @@ class PruningCallback(Callback):
 
     # how they are served
 
+    def repair(self, context: Context, proposal: Proposal) -> None:
+        """Called after a proposal is in force: what can be put right without training; says so in its notes."""
+        if self.refit_bn and batch_norms(context.module):
+            used = context.objective.refit_batch_norm(self.refit_bn_batches)
+            proposal.repairs.append(f"BatchNorm statistics re-estimated on {used} batches")
+
     @property
     def finished(self) -> bool:
         """Whether no further event will come."""
@@ -291,8 +304,10 @@ class PruningCallback(Callback):
             return
         started = time.perf_counter()
         manager = MaskManager.of(pl_module)
-        proposal = same_on_all_ranks(self.propose(self._context(trainer, pl_module, target)), pl_module.device)
+        context = self._context(trainer, pl_module, target)
+        proposal = same_on_all_ranks(self.propose(context), pl_module.device)
         manager.set_masks(proposal.masks, proposal.weights)
+        self.repair(context, proposal)
         self.mark_done(position)
         self.history.append(describe_event(manager, proposal, target, position, time.perf_counter() - started))
         self._announce(trainer, self.history[-1])

@@ -56,12 +56,14 @@ class Proposal:
         weights: new values for kept weights by the same names; None leaves the values.
         notes: plain sentences for the receipt.
         certificate: a guarantee in plain JSON values, where the method gives one.
+        repairs: what was put right after the commit, for the receipt.
     """
 
     masks: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
     certificate: dict[str, Any] | None = None
+    repairs: list[str] = field(default_factory=list)
 
 
 def event_generator(seed: int, event: int) -> torch.Generator:
@@ -86,4 +88,5 @@ def describe_event(
         "emptied": [name for name in proposal.masks if name in masks and not bool(masks[name].any())],
         "notes": list(proposal.notes),
         "certificate": proposal.certificate,
+        "repairs": list(proposal.repairs),
     }

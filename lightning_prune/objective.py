@@ -31,6 +31,7 @@ from torch.utils.data import (
 )
 
 from lightning_prune.masks import full
+from lightning_prune.repair import refit_batch_norm
 from lightning_prune.sandbox import isolated_rng, rng_states, seed_all, set_rng_states, untouched
 from lightning_prune.targets import canonical_name, named_tensors
 
@@ -99,6 +100,15 @@ class Objective:
     def parameters(self) -> dict[str, Tensor]:
         """Detached float clones of all parameters by canonical name (a tied tensor once), requiring gradients."""
         return {name: _differentiable(full(p.detach())) for name, p in named_tensors(self.module).items()}
+
+    def refit_batch_norm(self, count: int) -> int:
+        """Re-estimate the live module's BatchNorm statistics on at most `count` batches; returns how many were used."""
+
+        def run(module: nn.Module, batch: Any) -> None:
+            _Step(module, self.loss_fn)(batch, 0)
+
+        with _eagerly():
+            return refit_batch_norm(self.module, run, self.batches(count), self.trainer, self.reduce)
 
     def gradients(self, names: Sequence[str], count: int | None = None) -> dict[str, Tensor]:
         """Return the gradient of the mean batch loss for the named parameters.

@@ -63,6 +63,7 @@ def fit_receipt(
     receipt.seed = method.seed
     receipt.requested = {"sparsity": method.final_target}
     receipt.certificate = next((e["certificate"] for e in reversed(method.history) if e["certificate"]), None)
+    receipt.repair = "; ".join(dict.fromkeys(text for event in method.history for text in event["repairs"])) or None
     notes = [note for event in method.history for note in event["notes"]] + receipt.notes
     receipt.notes = list(dict.fromkeys([*notes, *honest_notes(receipt)]))
     return receipt

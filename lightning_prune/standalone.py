@@ -65,6 +65,7 @@ def prune(
     )
     proposal = method.propose(context)
     manager.set_masks(proposal.masks, proposal.weights)
+    method.repair(context, proposal)
     event = describe_event(manager, proposal, target, Position(0, 0), time.perf_counter() - started)
     method.history.append(event)
     return fit_receipt(method, module, context.example)
