@@ -27,6 +27,7 @@ from lightning_prune.checks import check_positive
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 _CPU_CHUNK = 1 << 20  # numbers in a working copy of columns: 4 MiB in float32, which stays in the outer cache
 _GPU_CHUNK = 1 << 24
+_NARROW = 32  # below this width, copies cost less than the loop over them
 _POWER_STEPS = 64
 
 
@@ -165,7 +166,8 @@ class Quadratic:
         """Columns copied at a time."""
         if self.chunk is not None:
             return self.chunk
-        return max(1, (_CPU_CHUNK if self.rows.device.type == "cpu" else _GPU_CHUNK) // self.n)
+        most = (_CPU_CHUNK if self.rows.device.type == "cpu" else _GPU_CHUNK) // self.n
+        return max(1, min(most, max(_NARROW, self.p // 16)))
 
 
 def _check_rows(rows: Tensor) -> None:
