@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from integration.contract import NAMES, read_spec
 from integration.toys import QUIET, STEPS, ResumableLoader, Toy, Watch, fit, masks_of, same, toy, weights_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_prune.callback
 from lightning_prune import GradualMagnitude, Magnitude, MaskManager, RNGState
 from lightning_prune.context import Context, Proposal
+from lightning_prune.fit import check_strategy
 from lightning_prune.masks import full
 
 pytestmark = [
@@ -199,6 +201,12 @@ def test_a_method_that_cannot_score_shards_says_so(tmp_path: Path) -> None:
             sharded_fit(tmp_path, Whole(0.5, measure=False))
 
     assert on_two_ranks(work) == [0, 0]
+
+
+def test_fsdp1_is_refused() -> None:
+    """It keeps flat parameters of its own; FSDP2 is what `ModelParallelStrategy` does."""
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy.*ModelParallelStrategy"):
+        check_strategy(SimpleNamespace(strategy=FSDPStrategy()))
 
 
 def test_watch_sees_a_leak() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +23,14 @@ from integration.toys import (
     make_trainer,
     masks_of,
     same,
+    sgd,
     toy,
     toy_data,
     toy_loader,
     weights_of,
 )
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer, Transformer
 from torch import Tensor, nn
@@ -353,6 +357,69 @@ def test_a_gan_is_pruned_in_the_part_that_is_asked_for() -> None:
     assert kept_of(module, masks_of(module)) == expected_kept(64 + 576, 0.5)
     assert watch.steps == 2 * 2 * STEPS
     assert watch.found == [] == leaks(module)
+
+
+class Taught(Toy):
+    """A teacher inside the module follows its student by a moving average; no optimizer owns it."""
+
+    def __init__(self, when: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.when = when
+        self.teacher = copy.deepcopy(self.hidden).requires_grad_(False)
+
+    def follow(self, when: str) -> None:
+        if when == self.when:
+            with torch.no_grad():
+                self.teacher.weight.lerp_(self.hidden.weight, 0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.follow("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.follow("on_train_batch_end")
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("when", ["training_step", "on_train_batch_end"])
+def test_a_teacher_that_no_optimizer_owns_is_sparse_in_every_checkpoint(when: str, tmp_path: Path) -> None:
+    module, callback = toy(kind=Taught, when=when), magnitude(1)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(module, callback, saver, enable_checkpointing=True)
+    assert leaks(module) == []
+    saved = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
+    pruned = [checkpoint for checkpoint in saved if checkpoint["global_step"] > STEPS]
+    assert len(pruned) == STEPS
+    for checkpoint in pruned:
+        masks = checkpoint["callbacks"][callback.state_key]["masks"]
+        assert not masks["teacher.weight"].all()
+        assert [name for name, mask in masks.items() if checkpoint["state_dict"][name][~mask].any()] == []
+
+
+def test_a_trainer_of_pytorch_lightning_is_served() -> None:
+    """The same library under its older name: classes of the two packages are not instances of each other."""
+    older = pytest.importorskip("pytorch_lightning")
+
+    class Older(older.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(36, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return sgd(self.parameters())
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    module, callback = Older(), magnitude("end")
+    scheduler = older.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    trainer = older.Trainer(max_epochs=2, accelerator="cpu", callbacks=[callback, scheduler], **quiet)
+    trainer.fit(module, toy_loader())
+    assert kept_of(module, masks_of(module)) == 54
+    assert [event["step"] for event in callback.history] == [trainer.global_step] == [STEPS + 2]
 
 
 def test_a_module_without_prunable_layers_is_told_what_was_seen() -> None:

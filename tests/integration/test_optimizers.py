@@ -25,6 +25,7 @@ from integration.toys import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_prune import GradualMagnitude, Magnitude, MaskManager, RandomPruning
@@ -76,6 +77,65 @@ def test_pruned_mid_training_stays_pruned(name: str, gradients: bool) -> None:
     fit(module, Magnitude(0.5, at=1, mask_gradients=gradients, measure=False), watch)
     assert (watch.steps, watch.pruned_steps) == (2 * STEPS, STEPS)
     assert watch.found == [] == leaks(module)
+
+
+class Lookalike:
+    """Not derived from torch's class; Lightning takes it all the same."""
+
+    def __init__(self, parameters: Any) -> None:
+        inner = self.inner = sgd(parameters)
+        self.defaults, self.param_groups, self.state = inner.defaults, inner.param_groups, inner.state
+        self.state_dict, self.load_state_dict, self.zero_grad = inner.state_dict, inner.load_state_dict, inner.zero_grad
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+class HalfBuilt(torch.optim.Optimizer):
+    """Derived from torch's class without calling its constructor, as older look-ahead optimizers do."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = sgd(parameters)
+        self.defaults, self.param_groups, self.state = self.inner.defaults, self.inner.param_groups, self.inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("kind", [Lookalike, HalfBuilt])
+def test_an_optimizer_without_step_hooks_is_refused_by_name(kind: Any) -> None:
+    module = toy(make_optimizer=kind)
+    before = weights_of(module)
+    with pytest.raises(MisconfigurationException, match=kind.__name__):
+        fit(module, Magnitude(0.5, measure=False))
+    assert same(weights_of(module), before)
+    assert masks_of(module) == {}
+
+
+def test_a_module_without_an_optimizer_is_pruned_all_the_same() -> None:
+    module = toy(make_optimizer=lambda parameters: None)
+    with pytest.warns(UserWarning, match="will run with no optimizer"):
+        fit(module, Magnitude(0.5, at=1, measure=False))
+    assert leaks(module) == []
+    assert sum(int(mask.sum()) for mask in masks_of(module).values()) == Toy.TOTAL // 2
+
+
+def test_a_sparse_gradient_is_masked() -> None:
+    class Embedded(Toy):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.table = nn.Embedding(20, 64, sparse=True)
+            self.requires_grad_(False)
+            self.table.requires_grad_(True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.hidden(self.table(images.flatten(1).argmax(1) % 20)))
+
+    module, watch = toy(kind=Embedded, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), Watch()
+    before = module.table.weight.detach().clone()
+    fit(module, Magnitude(0.5, include=["table.weight"], measure=False), watch)
+    assert watch.found == [] == leaks(module)
+    assert not torch.equal(module.table.weight[before != 0], before[before != 0])
 
 
 def state_of_pruned(trainer: Any, module: Any) -> Tensor:

@@ -23,6 +23,7 @@ from integration.toys import (
     Watch,
     fit,
     leaks,
+    make_trainer,
     masks_of,
     optimizers,
     same,
@@ -194,6 +195,21 @@ def test_every_step_can_be_resumed_from(step_checkpoints: Any) -> None:
     whole, paths = train([gradual()]), step_checkpoints([gradual()])
     assert sorted(paths) == list(range(1, EPOCHS * STEPS + 1))
     assert [step for step in range(1, EPOCHS * STEPS) if not same(train([gradual()], resume=paths[step]), whole)] == []
+
+
+@pytest.mark.parametrize("step", [2, 3, STEPS - 1, STEPS, STEPS + 1])
+def test_validation_in_between_breaks_no_resume(step: int, tmp_path: Path) -> None:
+    """Validation makes an iterator too, which draws from the global generator."""
+
+    def run(*more: Callback, resume: Path | None = None) -> Any:
+        module = toy(0 if resume is None else 9, dropout=0.4)
+        trainer = make_trainer(gradual(), RNGState(), *more, val_check_interval=0.5, enable_checkpointing=bool(more))
+        trainer.fit(module, ResumableLoader(), toy_loader(), ckpt_path=resume)
+        return weights_of(module), masks_of(module), trainer.optimizers[0].state_dict()
+
+    whole = run(each_checkpoint(tmp_path))
+    (path,) = tmp_path.glob(f"*step={step}.ckpt")
+    assert same(run(resume=path), whole)
 
 
 def test_without_the_saved_masks_the_run_ends_elsewhere(step_checkpoints: Any) -> None:
