@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune._dependency.groups import ChannelGroup
 from lightning_prune._dependency.walk import tensors_by_name
+from lightning_prune._shrink_hybrid import install, narrowed
 from lightning_prune._shrink_modules import refresh
 
 VERSION = 1
@@ -75,27 +76,31 @@ class CutPlan:
         for optimizer in optimizers:
             self.cut_state(module, optimizer)
         self._cut(module, "")
-        for path in self.replaced:
-            from lightning_prune._shrink_hybrid import install
-
-            install(module, path, self.replaced[path])
+        graphs: dict[Any, Any] = {}
+        for path, recipe in self.replaced.items():
+            install(module, path, recipe, None if recipe.get("alone") else graphs)
         return module
 
     @torch.no_grad()
     def cut_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Cut the optimizer's state of every cut parameter; state of another shape (step counts) is kept."""
-        tensors = tensors_by_name(module)
-        for name, shape in self.shapes.items():
-            for key, value in optimizer.state.get(tensors[name], {}).items():
-                if isinstance(value, Tensor) and tuple(value.shape) == tuple(shape):
-                    optimizer.state[tensors[name]][key] = self.narrow(name, value)
+        for name, tensor in tensors_by_name(module).items():
+            for key, value in optimizer.state.get(tensor, {}).items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    optimizer.state[tensor][key] = self.narrow(name, value)
 
     def narrow(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the kept positions of a tensor shaped like parameter or buffer `name`."""
-        for dim, positions in self.kept[name].items():
-            index = torch.as_tensor(np.asarray(positions, np.int64), device=tensor.device)
-            tensor = tensor.index_select(dim, index)
-        return tensor.clone(memory_format=torch.preserve_format)
+        """Return the kept positions of a tensor shaped like parameter or buffer `name`; itself if nothing is cut."""
+        for dims in (self.kept.get(name), self._replaced_dims(name)):
+            tensor = tensor if dims is None else narrowed(tensor, dims)
+        return tensor
+
+    def _replaced_dims(self, name: str) -> Mapping[Any, Sequence[int]] | None:
+        """Positions kept, after the other cuts, in a sub-module that runs as its own graph."""
+        for path, recipe in self.replaced.items():
+            if name.startswith(f"{path}.") and name[len(path) + 1 :] in recipe["kept"]:
+                return recipe["kept"][name[len(path) + 1 :]]
+        return None
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -151,7 +156,7 @@ class CutPlan:
             tensor = tensors[name[len(dot) :]]
             for owner, own_name in owners[id(tensor)]:
                 touched.setdefault(owner, {})[own_name] = tuple(tensor.shape)
-            tensor.data = self.narrow(name, tensor.data)
+            tensor.data = narrowed(tensor.data, self.kept[name])
             tensor.grad = None
         for owner, before in touched.items():
             refresh(owner, before)

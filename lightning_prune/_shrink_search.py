@@ -97,8 +97,10 @@ class Search:
         """Search; see `Outcome`."""
         for policy in (_NONE, _ALL):
             policies: dict[Any, Policy] = dict.fromkeys(self.kinds, policy)
-            if self._try(self.wanted, policies):
-                return self._finish(self.wanted, policies if policy is _NONE else self._minimal(policies))
+            if self._try(self.wanted, policies, strict=True):
+                if policy == _NONE:
+                    return self._accept(self.wanted, policies)
+                return self._finish(self.wanted, self._minimal(policies))
         policies = self._decide_kinds()
         candidates = [group for kind in policies for group in self.kinds[kind]]
         return self._finish(candidates, policies)
@@ -216,9 +218,11 @@ class Search:
                 break
         else:
             accepted = self._grow([], candidates, policies)
+        return self._accept(accepted, policies)
+
+    def _accept(self, accepted: list[ChannelGroup], policies: Mapping[Any, Policy]) -> Outcome:
         self._policies_taken = dict(policies)
-        self.outcome.accepted = accepted
-        self.outcome.edits = self.edits(accepted, policies)
+        self.outcome.accepted, self.outcome.edits = accepted, self.edits(accepted, policies)
         return self.outcome
 
     def _refuse(self, groups: Sequence[ChannelGroup], why: str) -> None:

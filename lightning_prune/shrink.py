@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_prune._dependency.calls import Call, copy_of
 from lightning_prune._dependency.groups import ChannelGroup
 from lightning_prune._dependency.walk import tensors_by_name
+from lightning_prune._shrink_blocks import Blocks, unblock
 from lightning_prune._shrink_edits import reaches
 from lightning_prune._shrink_plan import AttributeEdit, CutPlan, plan_for
 from lightning_prune._shrink_probe import Removed, make_probe, mask_units, sensitivities
@@ -303,13 +304,21 @@ def _verified(
     search = Search(groups, wanted, removed, reaches(groups), probe, shapes, deadline)
     outcome = search.run()
     _drop_insensitive(search, outcome, module, calls, report)
-    report.refused.update(outcome.refused)
-    report.error, report.trials = outcome.error, outcome.trials
     plan = plan_for(outcome.accepted, removed, shapes, outcome.edits)
+    blocks = unblock(search, outcome, plan) if "hybrid" in routes and outcome.refused else Blocks()
+    for group in blocks.accepted:
+        del outcome.refused[group.name]
+        plan.units[group.name] = (len(group), len(group) - len(removed[group.name]))
+    if blocks.accepted:
+        report.sensitivity.update(sensitivities(search.probe, blocks.accepted, removed))
+    plan.replaced = dict(blocks.recipes)
+    report.refused.update({**outcome.refused, **blocks.refused})
+    report.error, report.trials = outcome.error, outcome.trials
+    accepted = [*outcome.accepted, *blocks.accepted]
     small = copy_of(module)
     plan.apply(small)
     reference = copy_of(module)
-    mask_units(reference, outcome.accepted, removed)
+    mask_units(reference, accepted, removed)
     if not agree(reference.eval(), small.eval(), calls):
         report.refused.update(
             {g.name: "the real parameters gave another output after the cut" for g in outcome.accepted}
@@ -318,6 +327,7 @@ def _verified(
     _restore_modes(small, module)
     report.plan, report.units = plan, dict(plan.units)
     report.routes = {group.name: "eager" for group in outcome.accepted}
+    report.routes.update({group.name: "hybrid" for group in blocks.accepted})
     return small
 
 

@@ -1,0 +1,255 @@
+"""The hybrid route: a sub-module whose code cannot follow a cut runs as its own shrunk graph.
+
+Typically the code reshapes by the width of its input. The sub-module is exported alone with a free batch size, analysed,
+and the constants of its graph are rewritten. Its parameters stay where they are, under their names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from lightning_prune._dependency.calls import Call, copied, copy_of
+from lightning_prune._dependency.search import analyse
+from lightning_prune._dependency.trace import quiet, read_program
+from lightning_prune._dependency.walk import Walk, tensors_by_name
+from lightning_prune._shrink_modules import refresh
+from lightning_prune._shrink_program import Rewriter
+
+Recipe = dict[
+    str, Any
+]  # {"input": described call, "kept": {tensor: {dim: positions}}, "shapes": {tensor: shape}}
+_DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+                               torch.bool, torch.uint8)}  # fmt: skip
+
+
+class GraphModule(nn.Module):
+    """Runs the exported graphs of a sub-module on the parameters it takes over; made by `install`."""
+
+    _graphs: dict[bool, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the current mode."""
+        graph, names, places, spec, out_spec, hidden = self._graphs[self.training]
+        flat = pytree.tree_flatten((args, kwargs))[0] if _spec_of(args, kwargs) == spec else None
+        if flat is None:
+            raise ValueError(
+                "the inputs of a shrunk graph must have the structure it was traced with: "
+                f"{spec}, got {_spec_of(args, kwargs)}."
+            )
+        held = tensors_by_name(self)
+        values = [
+            held[name] if name is not None else flat[place] for name, place in zip(names, places, strict=True)
+        ]
+        outputs = graph(*values)
+        return pytree.tree_unflatten(list(outputs)[hidden:], out_spec)
+
+
+def _spec_of(args: Any, kwargs: Any) -> Any:
+    return pytree.tree_flatten((args, kwargs))[1]
+
+
+def describe_call(call: Call) -> Any:
+    """Return the call as plain data: shapes and dtypes for tensors.
+
+    Raises:
+        ValueError: an argument is neither a tensor nor plain.
+    """
+    return [_describe(list(call.args)), _describe(call.kwargs)]
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": [str(value.dtype), list(value.shape)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_describe(item) for item in value]}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _describe(item) for key, item in value.items()}}
+    raise ValueError(f"an argument of type {type(value).__name__} cannot be stored")
+
+
+def _rebuild(described: Any, like: Tensor) -> Any:
+    kind, content = next(iter(described.items()))
+    if kind == "tensor":
+        dtype = _DTYPES[content[0]]
+        dtype = like.dtype if dtype.is_floating_point else dtype
+        return torch.zeros(content[1], dtype=dtype, device=like.device)
+    if kind == "dict":
+        return {key: _rebuild(item, like) for key, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_rebuild(item, like) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    return content
+
+
+def install(module: nn.Module, path: str, recipe: Recipe, graphs: dict[Any, Any] | None = None) -> None:
+    """Replace the sub-module at `path` by its own shrunk graph.
+
+    Args:
+        module: the module that holds it; must not be the sub-module itself.
+        path: where it is.
+        recipe: how it is called and which positions of its tensors are kept.
+        graphs: graphs made before, used again for modules alike; those made now are added.
+    Raises:
+        ValueError: its graph does not have the same units, or it cannot be exported.
+    """
+    inner = module.get_submodule(path)
+    like = next(inner.parameters())
+    args, kwargs = (_rebuild(part, like) for part in recipe["input"])
+    call = Call("", tuple(args), kwargs)
+    known = {} if graphs is None else graphs
+    made = {}
+    for training in (False, True):
+        key = (_kind(inner, recipe), like.dtype, training)
+        if key not in known:
+            known[key] = _shrunk_graph(inner, call, recipe["kept"], training)
+        made[training] = known[key]
+    _cut(inner, recipe["kept"])
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, _backed(inner, made))
+
+
+def _kind(inner: nn.Module, recipe: Recipe) -> Any:
+    """What modules alike have in common: class, sizes, inputs and numbers of kept positions. A comparison must follow."""
+    counts = tuple((n, dim, len(at)) for n, dims in recipe["kept"].items() for dim, at in dims.items())
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors_by_name(inner).items())
+    return type(inner), repr(recipe["input"]), counts, shapes
+
+
+def _backed(inner: nn.Module, graphs: dict[bool, Any]) -> GraphModule:
+    """Give the tensors and children of a module to one that runs graphs."""
+    backed = GraphModule()
+    for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        backed.__dict__[store] = inner.__dict__[store]
+    for training, (*_, constants) in graphs.items():
+        for name, constant in constants.items():
+            backed.register_buffer(f"{name}_{int(training)}", constant, persistent=False)
+    backed.__dict__["_graphs"] = {training: graph[:-1] for training, graph in graphs.items()}
+    backed.training = inner.training
+    return backed
+
+
+def _shrunk_graph(inner: nn.Module, call: Call, kept: Mapping[str, Any], training: bool) -> tuple[Any, ...]:
+    program = _export(inner, call, training)
+    graph = read_program(program)
+    walk = analyse([graph], inner)
+    removed = _roots(walk, kept)
+    Rewriter(walk, graph, walk.values[0], removed).run()
+    return _runnable(program, training)
+
+
+def _export(inner: nn.Module, call: Call, training: bool) -> Any:
+    with quiet():
+        args, kwargs = copied((call.args, call.kwargs))
+        copy = copy_of(inner).train(training)
+        bound = inspect.signature(copy.forward).bind(*args, **kwargs)
+        dynamic = pytree.tree_map(_free_sizes, dict(bound.arguments))
+        return torch.export.export(copy, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _free_sizes(value: Any) -> Any:
+    return (Dim.AUTO,) * value.dim() if isinstance(value, Tensor) else None
+
+
+def _roots(walk: Walk, kept: Mapping[str, Any]) -> list[int]:
+    """Return the classes that hold exactly the positions to remove; ValueError if there are none such."""
+    roots: set[int] = set()
+    gone: dict[tuple[str, int], np.ndarray] = {}
+    for name, dims in kept.items():
+        for dim, positions in dims.items():
+            tensor = walk.tensors.get(name)
+            label = None if tensor is None else tensor.labels[int(dim)]
+            if label is None:
+                raise ValueError(f"{name!r} has no free positions in the sub-module's own graph")
+            gone[name, int(dim)] = np.setdiff1d(np.arange(len(label)), positions)
+            roots.update(walk.cells.find(label[gone[name, int(dim)]]).tolist())
+    removed = np.asarray(sorted(roots))
+    if walk.cells.is_frozen(removed).any():
+        raise ValueError("the units are frozen in the sub-module's own graph")
+    for name, tensor in walk.tensors.items():
+        for dim, label in enumerate(tensor.labels):
+            if label is not None:
+                found = np.nonzero(np.isin(walk.cells.find(label), removed))[0]
+                if not np.array_equal(found, gone.get((name, dim), found[:0])):
+                    raise ValueError("the sub-module's own graph has other units")
+    return sorted(roots)
+
+
+def _runnable(program: Any, training: bool) -> tuple[Any, ...]:
+    """The graph with what `GraphModule.forward` needs to feed it."""
+    names: list[str | None] = []
+    places: list[int] = []
+    constants: dict[str, Tensor] = {}
+    user = 0
+    for spec in program.graph_signature.input_specs:
+        own: str | None = None
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            own = spec.target
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            key = f"_constant_{len(constants)}"
+            constants[key], own = program.constants[spec.target], f"{key}_{int(training)}"
+        elif spec.kind != InputKind.USER_INPUT:
+            raise ValueError(f"an input of kind {spec.kind.name} cannot be fed")
+        names.append(own)
+        places.append(user if own is None else -1)
+        user += own is None
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    hidden = sum(kind != OutputKind.USER_OUTPUT for kind in kinds)
+    if hidden:
+        raise ValueError("the sub-module updates buffers outside its graph")
+    graph_module = program.graph_module
+    for node in list(graph_module.graph.nodes):
+        if _is_guard(node):
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return (
+        graph_module,
+        names,
+        places,
+        program.call_spec.in_spec,
+        program.call_spec.out_spec,
+        hidden,
+        constants,
+    )
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """Assertions on sizes of the traced example; the rewritten sizes are others."""
+    return node.op == "call_function" and not node.users and "assert" in str(node.target)
+
+
+@torch.no_grad()
+def _cut(inner: nn.Module, kept: Mapping[str, Any]) -> None:
+    tensors = tensors_by_name(inner)
+    before: dict[nn.Module, dict[str, tuple[int, ...]]] = {}
+    owners = {
+        id(t): (child, n) for child in inner.modules() for n, t in child.named_parameters(recurse=False)
+    }
+    for name, dims in kept.items():
+        tensor = tensors[name]
+        if id(tensor) in owners:
+            child, own = owners[id(tensor)]
+            before.setdefault(child, {})[own] = tuple(tensor.shape)
+        tensor.data = narrowed(tensor.data, dims)
+        tensor.grad = None
+    for child, shapes in before.items():
+        refresh(child, shapes)
+
+
+def narrowed(tensor: Tensor, dims: Mapping[Any, Sequence[int]]) -> Tensor:
+    """Return the kept positions of a tensor along some dims."""
+    for dim, positions in dims.items():
+        tensor = tensor.index_select(
+            int(dim), torch.as_tensor(np.asarray(positions, np.int64), device=tensor.device)
+        )
+    return tensor.clone(memory_format=torch.preserve_format)

@@ -1,0 +1,108 @@
+"""Sub-modules whose code cannot follow a cut run as their own shrunk graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from dependency_nets import Net, width_from_input
+from torch import Tensor, nn
+
+from lightning_prune._shrink_probe import mask_units
+from lightning_prune.dependency import channel_groups
+from lightning_prune.shrink import load_shrunk, report_of, save_shrunk, shrink
+
+
+def blocks() -> nn.Module:
+    """Two attention blocks that reshape by their input's width, and an output layer."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        for block in net.blocks:
+            x = x + block(x)
+        return net.o(net.a(x).relu())
+
+    stack = nn.ModuleList([width_from_input(), width_from_input()])
+    return Net(run, blocks=stack, a=nn.Linear(16, 8), o=nn.Linear(8, 3))
+
+
+@pytest.fixture(scope="module")
+def shrunk() -> tuple[nn.Module, nn.Module, Tensor]:
+    """The masked module, the shrunk one and an input; other heads leave in each block."""
+    torch.manual_seed(0)
+    module, x = blocks().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    groups = channel_groups(module, x)
+    units = {
+        "a": torch.arange(8) < 5,
+        "blocks.0.qkv": torch.tensor([True, False, True, False]),
+        "blocks.1.qkv": torch.tensor([False, True, True, False]),
+    }
+    small = shrink(module, x, units, groups)
+    mask_units(
+        module, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()}
+    )
+    return module, small, x
+
+
+def test_blocked_groups_go_through_by_the_hybrid_route(shrunk):
+    _, small, _ = shrunk
+    report = report_of(small)
+    assert report.refused == {}
+    assert report.routes == {"a": "eager", "blocks.0.qkv": "hybrid", "blocks.1.qkv": "hybrid"}
+    assert report.units["blocks.1.qkv"] == (4, 2)
+    assert small.blocks[1].qkv.weight.shape == (24, 16)
+    assert small.blocks[1].qkv.out_features == 24
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4, 5), (3, 9)])
+def test_it_agrees_with_the_mask_at_other_sizes(shrunk, shape):
+    masked, small, _ = shrunk
+    x = torch.randn(*shape, 16, dtype=torch.float64)
+    for training in (False, True):
+        expected, found = masked.train(training)(x).detach(), small.train(training)(x).detach()
+        assert float((expected - found).abs().max() / expected.abs().max()) < 1e-9
+
+
+def test_names_stay_and_training_goes_on(shrunk):
+    masked, small, x = shrunk
+    assert list(small.state_dict()) == list(masked.state_dict())
+    small.zero_grad()
+    small(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_a_copy_runs(shrunk):
+    _, small, x = shrunk
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+
+
+def test_other_arguments_than_the_traced_ones_are_refused(shrunk):
+    _, small, x = shrunk
+    with pytest.raises(ValueError, match="must have the structure it was traced with"):
+        small.blocks[0](x, x)
+
+
+def test_it_comes_back_from_a_file(shrunk, tmp_path):
+    _, small, x = shrunk
+    path = tmp_path / "small.safetensors"
+    save_shrunk(small, path)
+    back = load_shrunk(lambda: blocks().double(), path)
+    assert torch.equal(back.eval()(x), small.eval()(x))
+
+
+def test_an_optimizer_state_follows():
+    module, x = blocks(), torch.randn(2, 5, 16)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    module(x).sum().backward()
+    optimizer.step()
+    units = {"blocks.0.qkv": torch.tensor([True, False, True, False])}
+    plan = report_of(shrink(module, x, units)).plan
+    momentum = optimizer.state[module.blocks[0].o.weight]["momentum_buffer"].clone()
+    plan.apply(module, [optimizer])
+    kept = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
+    state = optimizer.state[module.blocks[0].o.weight]["momentum_buffer"]
+    assert torch.equal(state, momentum[:, kept])
+    optimizer.zero_grad()
+    module(x).sum().backward()
+    optimizer.step()
