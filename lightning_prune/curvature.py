@@ -137,7 +137,7 @@ def _reverse_product(
 
 def _refuse_dead_ends(slopes: Sequence[Tensor]) -> None:
     """Raise where a backward is marked as differentiable once: asked for some inputs only, autograd would skip it."""
-    if any(node.name() == _ONCE for node in _graph_nodes(slopes)):
+    if any(node.name() == _ONCE for node in graph_nodes(slopes)):
         raise NotImplementedError("a backward is marked with @once_differentiable")
 
 
@@ -260,7 +260,7 @@ def check_functional(loss: Tensor, module: nn.Module) -> None:
             "with its graph from `training_step`, or give `loss_fn(module, batch) -> scalar tensor`."
         )
     live = {id(parameter): name for name, parameter in named_tensors(module).items()}
-    variables = (getattr(node, "variable", None) for node in _graph_nodes([loss]))
+    variables = (getattr(node, "variable", None) for node in graph_nodes([loss]))
     reached = next((live[id(variable)] for variable in variables if id(variable) in live), None)
     if reached is not None:
         holder = _holder(module, named_tensors(module)[reached])
@@ -271,7 +271,7 @@ def check_functional(loss: Tensor, module: nn.Module) -> None:
         )
 
 
-def _graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
     """All nodes of the graphs behind tensors, each once."""
     seen, stack = set(), [tensor.grad_fn for tensor in tensors]
     while stack:

@@ -24,14 +24,19 @@ from torch import Tensor
 from lightning_prune.checks import check_bool, check_choice, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.curvature import BACKENDS, Losses, point_of, replayed_losses, trainable_names
+from lightning_prune.dependency import channel_groups
 from lightning_prune.masks import MaskManager
-from lightning_prune.methods._prospr_batches import BatchStream, check_optional, noise_seed, progress
-from lightning_prune.methods._prospr_channels import ChannelUnits, prove_channels
+from lightning_prune.methods._prospr_batches import (
+    BatchStream,
+    check_optional,
+    forward_arguments,
+    noise_seed,
+    progress,
+)
+from lightning_prune.methods._prospr_channels import GATES, ChannelUnits, norms_after
 from lightning_prune.methods._prospr_selection import InitialPruning, Masks, prune_in_rounds
 from lightning_prune.methods._prospr_sweep import MODES, InnerSGD, Store, meta_gradient
 from lightning_prune.selection import Scope
-
-GATES = ("output", "weight")
 
 __all__ = ["InnerSGD", "ProsPr", "Store", "meta_gradient", "prospr_scores"]
 
@@ -82,7 +87,8 @@ class ProsPr(InitialPruning):
         backend: Hessian-vector products by "reverse_over_reverse" or "forward_over_reverse".
         trajectory_device: where the M copies of the parameters wait, such as "cpu"; None: where they are.
         detach_first_momentum: treat the first momentum buffer as a constant, as the authors' program does.
-        gate: with `structured`: "output" gates a channel after its norm, "weight" before it, as the authors' program.
+        gate: with `structured`: "output" gates a channel after its norm, "weight" before it, as the authors' program,
+            "consumer" in the weights that read it.
         **initial: see `InitialPruning`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -189,13 +195,16 @@ class ProsPr(InitialPruning):
         return rate
 
     def _channels(self, context: Context, losses: Callable[[Sequence[Any]], Losses]) -> ChannelUnits:
-        """The channels of the selected weights, proved on the first calibration batch."""
-        leaves = {name: value.requires_grad_() for name, value in point_of(context.module).items()}
+        """The channels of the selected weights; the first calibration batch shows how the module is run."""
         batch = BatchStream(context.objective, self.batch_size).take(1)
-        loss = losses(batch).parts(0)[0](leaves)
-        groups, outputs = prove_channels(loss, leaves, list(context.weights), self.gate)
-        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        return ChannelUnits(groups, outputs, shapes, context.alive)
+        leaves = {name: value.requires_grad_() for name, value in point_of(context.module).items()}
+        norms = norms_after(losses(batch).parts(0)[0](leaves), leaves)
+        if context.objective.loss_fn is None:
+            groups = channel_groups(context.module, batch[0])
+        else:
+            args, kwargs = forward_arguments(context, " Use structured=False.")
+            groups = channel_groups(context.module, args, kwargs)
+        return ChannelUnits(context.module, groups, norms, self.gate, context.alive)
 
 
 class _WeightUnits:

@@ -25,9 +25,9 @@ from lightning_prune.batches import map_batch
 from lightning_prune.checks import check_choice, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import full
-from lightning_prune.methods._prospr_batches import BatchStream, progress
+from lightning_prune.methods._prospr_batches import Arguments, forward_arguments, progress
 from lightning_prune.methods._prospr_selection import InitialPruning, Masks, prune_in_rounds
-from lightning_prune.objective import buffers_of, evaluate
+from lightning_prune.objective import buffers_of
 from lightning_prune.sandbox import untouched
 from lightning_prune.selection import Scope
 from lightning_prune.targets import canonical_name
@@ -35,8 +35,6 @@ from lightning_prune.targets import canonical_name
 __all__ = ["SynFlow", "positive_flow", "synflow_scores"]
 
 Flow = Callable[[Mapping[str, Tensor]], Tensor]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _NORMALIZING = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -184,30 +182,11 @@ class SynFlow(InitialPruning):
     def _arguments(self, context: Context) -> Arguments:
         if self.input_shape is not None:
             return (torch.ones(1, *self.input_shape),), {}
-        return context.example if context.example is not None else forward_arguments(context)
-
-
-def forward_arguments(context: Context) -> Arguments:
-    """Return what the module's forward is given when its loss is computed on the first calibration batch.
-
-    Raises:
-        ValueError: the loss does not call forward.
-    """
-    seen: list[Arguments] = []
-    (batch,) = BatchStream(context.objective).take(1)
-    handle = context.module.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True, prepend=True
-    )
-    try:
-        with context.objective.open() as step, torch.no_grad():
-            evaluate(step, context.objective.parameters(), buffers_of(context.module), batch)
-    finally:
-        handle.remove()
-    if not seen:
-        raise ValueError(
-            "SynFlow cannot see an input: the loss does not call the module's forward. Give `input_shape`."
+        return (
+            context.example
+            if context.example is not None
+            else forward_arguments(context, " Give `input_shape`.")
         )
-    return seen[0]
 
 
 def _warn_of_norms(module: nn.Module) -> None:
