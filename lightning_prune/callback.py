@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune.batch_norm import batch_norms
 from lightning_prune.checks import check_bool, check_integer
 from lightning_prune.context import Context, Proposal, describe_event, event_generator
 from lightning_prune.fit import (
@@ -34,7 +35,6 @@ from lightning_prune.fit import (
 )
 from lightning_prune.masks import DTensor, MaskManager, full
 from lightning_prune.objective import Objective
-from lightning_prune.repair import batch_norms
 from lightning_prune.schedules import Position
 from lightning_prune.targets import check_patterns, select
 

@@ -30,8 +30,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_prune.batch_norm import refit_batch_norm
 from lightning_prune.masks import full
-from lightning_prune.repair import refit_batch_norm
 from lightning_prune.sandbox import isolated_rng, rng_states, seed_all, set_rng_states, untouched
 from lightning_prune.targets import canonical_name, named_tensors
 

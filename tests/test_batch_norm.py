@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.repair import refit_batch_norm
+from lightning_prune.batch_norm import refit_batch_norm
 
 
 def net() -> nn.Sequential:

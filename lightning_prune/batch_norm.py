@@ -1,0 +1,87 @@
+"""BatchNorm after pruning: statistics that were gathered before it are wrong, and one-shot accuracy collapses.
+
+Averaging them anew over a few dozen batches needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_prune.sandbox import untouched
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers that keep running statistics."""
+    return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
+
+
+@torch.no_grad()
+def refit_batch_norm(
+    module: nn.Module,
+    run: Callable[[nn.Module, Any], Any],
+    batches: Iterable[Any],
+    trainer: Any = None,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> int:
+    """Replace the running statistics of every BatchNorm layer by their plain mean over batches.
+
+    Everything but BatchNorm is in eval mode meanwhile (dropout is off); logging, metrics, training flags and random states
+    are left as they were. If `run` raises, the old statistics come back.
+
+    Args:
+        module: the pruned module.
+        run: `run(module, batch)`, a forward pass; its result is not used.
+        batches: batches on the module's device, each of at least two samples.
+        trainer: its Trainer, whose loggers are muted.
+        reduce: averages a tensor over all ranks; identity on one process.
+    Returns:
+        The number of batches used; 0 if there is no BatchNorm layer (nothing is run then).
+    Raises:
+        ValueError: there are BatchNorm layers but no batch.
+    """
+    norms = batch_norms(module)
+    if not norms:
+        return 0
+    saved = [(norm, norm.momentum, _statistics(norm)) for norm in norms]
+    used, done = 0, False
+    try:
+        with untouched(module, trainer), torch.no_grad():
+            module.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over all batches
+                norm.train()
+            for batch in batches:
+                run(module, batch)
+                used += 1
+        if not used:
+            raise ValueError(
+                "BatchNorm statistics cannot be refitted without a batch. Give a dataloader, or refit_bn=False."
+            )
+        done = True
+    finally:
+        for norm, momentum, old in saved:
+            norm.momentum = momentum
+            if not done:
+                _put_back(norm, old)
+    for norm, _, old in saved:
+        for name in ("running_mean", "running_var"):
+            value = getattr(norm, name)
+            value.copy_(reduce(value.clone()))
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.copy_(old["num_batches_tracked"])  # a count of training steps, not of ours
+    return used
+
+
+def _statistics(norm: _BatchNorm) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)}
+
+
+def _put_back(norm: _BatchNorm, old: dict[str, Tensor]) -> None:
+    for name, value in old.items():
+        getattr(norm, name).copy_(value)
