@@ -25,6 +25,7 @@ from lightning_prune.checks import check_bool, check_choice, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.curvature import BACKENDS, Losses, point_of, replayed_losses, trainable_names
 from lightning_prune.dependency import channel_groups
+from lightning_prune.fit import log_event
 from lightning_prune.masks import MaskManager
 from lightning_prune.methods._prospr_batches import (
     BatchStream,
@@ -162,6 +163,8 @@ class ProsPr(InitialPruning):
             kept = prune_in_rounds(
                 score, partial(self.keep, minimum=minimum), units.alive, context.target, self.rounds
             )
+        if context.objective.trainer is not None:
+            log_event(context.objective.trainer, search.logged())
         kept, notes = self.settle(kept, units.alive, context.generator)
         return Proposal(
             units.expand(kept), notes=[*notes, *units.notes(kept), *stream.notes(), search.note()]
@@ -264,6 +267,11 @@ class _Search:
         """B_0 .. B_M: distinct, or one for all."""
         count = self.sgd.steps + 1
         return self.stream.take(count) if self.method.new_data else self.stream.take(1) * count
+
+    def logged(self) -> dict[str, float]:
+        """The losses of the last inner loop, for the loggers."""
+        steps = {f"prune/inner_loss_{step}": value for step, value in enumerate(self.history[:-1])}
+        return {**steps, "prune/meta_loss": self.history[-1]}
 
     def note(self) -> str:
         """The losses of the last inner loop in one sentence."""

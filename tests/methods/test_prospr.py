@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.test_prospr_memory import peak_megabytes
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -363,6 +366,40 @@ def test_slices_of_a_batch_give_its_meta_gradient() -> None:
         assert len(losses.parts(0)) == 2
         sliced, _ = meta_gradient(losses, start, sgd, list(start))
     assert relative_difference(sliced, whole) < 1e-13
+
+
+def test_fused_attention_needs_the_kernel_that_has_second_derivatives() -> None:
+    make, shape = NETWORKS["layer norm and attention"]
+    objective = objective_of(make(), shape)
+    for second_order in (True, False):
+        with replayed_losses(objective, seed=5, second_order=second_order) as losses:
+            path, start = losses(objective.batches(2)), point_of(objective.module)
+            with nullcontext() if second_order else pytest.raises(ValueError, match="Use mode='first_order'"):
+                meta_gradient(path, start, InnerSGD(steps=1), list(start))
+
+
+def test_memory_grows_by_parameters_and_not_by_graphs_with_every_step(tmp_path: Path) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
+    data = [(torch.randn(64, 1, 8, 8), torch.arange(64) % 3)] * 17
+    objective = Objective(Network(network), lambda count: data[:count])
+    size = sum(4 * parameter.numel() for parameter in network.parameters()) / 1e6
+    peaks = []
+    with replayed_losses(objective, seed=5, second_order=True) as losses:
+        start = point_of(objective.module)
+        for steps in (1, 16):
+            call = partial(meta_gradient, losses(data), start, InnerSGD(steps, 0.01, 0.9), list(start))
+            peaks.append(peak_megabytes(call, tmp_path / "trace.json"))
+    assert peaks[0] > 10 * size  # activations, not parameters, fill the memory of this network
+    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < 1.5 * peaks[0] + 16 * size
 
 
 def test_a_trajectory_kept_elsewhere_gives_the_same_bits() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -187,6 +188,30 @@ def test_a_resumed_fit_does_not_score_again(
         for n, p in other.named_parameters()
         if n.endswith("head.weight")
     )
+
+
+class Recorder(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
+
+    name, version = "recorder", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.values.update({key: value for key, value in metrics.items() if key.startswith("prune/")})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_inner_losses_are_logged_once(tiny: Any, loader: DataLoader) -> None:
+    logger = Recorder()
+    trainer_of(pruner(steps=2), logger=logger).fit(tiny, loader)
+    inner = [logger.values[f"prune/{name}"] for name in ("inner_loss_0", "inner_loss_1", "meta_loss")]
+    assert all(0.5 < value < 3 for value in inner)
+    assert len(set(inner)) == 3
+    assert logger.values["prune/n_active"] == 38
 
 
 # variants
