@@ -300,8 +300,8 @@ class _Moments:
 def _moments(
     module: nn.Module,
     dense: nn.Module,
-    layer: nn.Module,
-    teacher: nn.Module,
+    layer: Any,
+    teacher: Any,
     batches: Sequence[Any],
     run: Run,
 ) -> _Moments:
