@@ -1,10 +1,9 @@
-"""ProsPr in a Trainer: purity, determinism, every kind of module, ranks, refusals that leave the module untouched."""
+"""ProsPr in a Trainer: purity, determinism, variants, every kind of module, ranks."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,59 +13,24 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from methods.prospr_cases import (
+    QUIET,
+    entropy,
+    masks_after,
+    pruner,
+    same,
+    trainer_of,
+    without_curvature,
+)
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 import lightning_prune.methods.prospr as prospr
 from lightning_prune import SNIP, MaskManager, ProsPr, prune
 from lightning_prune.sandbox import rng_states
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        ".*does not have many workers",
-        ".*isinstance.treespec",
-        ".*smaller than the logging interval",
-        "Checkpoint directory .* exists",
-        "Be aware that when using `ckpt_path`",
-        ".*use of fork",
-        ".*keeps less than 1 %",
-        ".*left no weight in",
-    )
-]
-Loss = Callable[[Any, Any], Tensor]
-
-
-def trainer_of(*callbacks: Callback, **settings: Any) -> Trainer:
-    """A quiet Trainer on the CPU, one epoch long."""
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    return Trainer(
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{**defaults, **settings},
-    )
-
-
-def pruner(sparsity: float = 0.8, **arguments: Any) -> ProsPr:
-    return ProsPr(sparsity, **{"inner_momentum": 0.9, "measure": False, **arguments})
-
-
-def masks_after(make: Callable[[], Any], loader: Any, callback: Callback) -> dict[str, Tensor]:
-    """Fit a module of seed 0; return its masks."""
-    torch.manual_seed(0)
-    module = make()
-    trainer_of(callback).fit(module, loader)
-    return MaskManager.of(module).masks
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def entropy(module: Any, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+pytestmark = QUIET
 
 
 # purity and determinism
@@ -348,23 +312,6 @@ def test_compiled_modules_are_scored_eagerly(tiny_class: Any, loader: DataLoader
     assert same(*masks)
 
 
-class WithoutCurvature(torch.autograd.Function):
-    """Doubles its input; its backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return 2 * value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
-def without_curvature(module: Any, batch: Any) -> Tensor:
-    return entropy(lambda images: WithoutCurvature.apply(module(images)), batch)
-
-
 def test_a_module_without_second_derivatives_is_pruned_to_first_order(tiny: Any, loader: DataLoader) -> None:
     prune(tiny, pruner(mode="first_order"), list(loader), without_curvature)
     assert MaskManager.of(tiny).counts() == (38, 188)
@@ -416,149 +363,3 @@ def test_two_ranks_score_as_one_process_with_their_batches_together(
     prune(alone, pruner(steps=2, inner_weight_decay=0.01), together, entropy)
     assert same(ranks[0], ranks[1])
     assert same(ranks[0], MaskManager.of(alone).masks)
-
-
-# refusals
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Any:
-        return iter([(torch.zeros(1, 4, 4), 0)] * 8)
-
-
-def detached(module: Any, batch: Any) -> Tensor:
-    return entropy(module, batch).detach()
-
-
-def vector(module: Any, batch: Any) -> Tensor:
-    return module(batch[0]).mean(dim=0)
-
-
-def endless(module: Any, batch: Any) -> Tensor:
-    return entropy(module, batch) * torch.inf
-
-
-@pytest.mark.parametrize(
-    ("arguments", "loss", "message"),
-    [
-        (
-            {"inner_lr": 1e30},
-            entropy,
-            r"not finite after \d of 3 inner steps, .*Choose `inner_lr` below 1e\+30",
-        ),
-        ({}, endless, "not finite before the first inner step"),
-        ({}, detached, "does not depend on any parameter"),
-        ({}, vector, "must return a scalar loss tensor"),
-        ({}, without_curvature, "Use mode='first_order'"),
-        ({"inner_lr": None}, entropy, "`inner_lr` must be a number where no Trainer has an optimizer"),
-        ({"min_keep_per_layer": 20}, entropy, "`min_keep_per_layer`=20 keeps 60 entries of the 3 tensors"),
-        (
-            {"structured": True, "exclude": ["head"], "gate": "weight"},
-            vector,
-            "must return a scalar loss tensor",
-        ),
-    ],
-)
-def test_a_refusal_leaves_the_module_untouched(
-    arguments: dict[str, Any], loss: Loss, message: str, tiny: Any, loader: DataLoader
-) -> None:
-    before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    state = torch.get_rng_state()
-    batches = list(DataLoader(loader.dataset, batch_size=4))
-    state = torch.get_rng_state()
-    with pytest.raises(ValueError, match=message):
-        prune(tiny, pruner(**arguments), batches, loss)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert same(dict(tiny.state_dict()), before)
-    assert MaskManager.of(tiny).masks == {}
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in tiny.parameters())
-
-
-def refused_fit(module: Any, loader: Any, callback: Callback, message: str) -> None:
-    """The fit raises, and leaves every weight as it was."""
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        trainer_of(callback).fit(module, loader)
-    assert same(dict(module.state_dict()), before)
-    assert MaskManager.of(module).masks == {}
-
-
-def test_a_stream_of_data_asks_for_a_calibration_loader(tiny: Any, loader: DataLoader) -> None:
-    refused_fit(tiny, DataLoader(Stream(), batch_size=4), pruner(), "Give `calibration_dataloader`")
-    trainer_of(pruner(calibration_dataloader=loader)).fit(tiny, DataLoader(Stream(), batch_size=4))
-    assert MaskManager.of(tiny).counts() == (38, 188)
-
-
-def test_a_training_step_without_a_loss_is_refused(tiny_class: Any, loader: DataLoader) -> None:
-    class Silent(tiny_class):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            return None
-
-    refused_fit(
-        Silent(), loader, pruner(), "`training_step` must return a scalar loss tensor, got 'NoneType'"
-    )
-
-
-def test_manual_optimization_needs_a_loss_function(tiny_class: Any, loader: DataLoader) -> None:
-    class Manual(tiny_class):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(entropy(self, batch))
-            optimizer.step()
-
-    refused_fit(Manual(), loader, pruner(), "Give `loss_fn")
-    module = Manual()
-    trainer_of(pruner(loss_fn=entropy)).fit(module, loader)
-    assert MaskManager.of(module).counts() == (38, 188)
-
-
-def test_a_parameter_held_a_second_time_is_named(tiny_class: Any, loader: DataLoader) -> None:
-    class Hoarder(tiny_class):
-        def __init__(self) -> None:
-            super().__init__()
-            self.penalized = [self.hidden.weight]
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return entropy(self, batch) + sum(weight.square().sum() for weight in self.penalized)
-
-    refused_fit(
-        Hoarder(), loader, pruner(), "uses the parameter 'hidden.weight' .* attribute 'penalized' holds it"
-    )
-
-
-def test_a_warm_up_from_zero_needs_a_rate(tiny_class: Any, loader: DataLoader) -> None:
-    module = tiny_class(make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    refused_fit(module, loader, pruner(inner_lr=None), r"which is 0 now \(a warm-up\?\)\. Give a number")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"steps": -1}, "`steps` must be an integer >= 0, got -1"),
-        ({"steps": 1.5}, "`steps` must be an integer >= 0, got 1.5"),
-        ({"inner_lr": 0}, "`inner_lr` must be a finite number above 0, got 0"),
-        ({"inner_lr": float("nan")}, "`inner_lr` must be a finite number above 0, got nan"),
-        ({"inner_lr": float("inf")}, "`inner_lr` must be a finite number above 0, got inf"),
-        ({"inner_momentum": 1.0}, r"`inner_momentum` must be in \[0, 1\), got 1.0"),
-        ({"inner_weight_decay": -0.1}, "`inner_weight_decay` must be a finite number >= 0, got -0.1"),
-        ({"inner_nesterov": True, "inner_momentum": 0.0}, "`inner_nesterov` must be false without momentum"),
-        ({"inner_nesterov": True, "detach_first_momentum": True}, "`detach_first_momentum` must be false"),
-        ({"mode": "second_order"}, "`mode` must be one of 'full', 'first_order'"),
-        ({"structured": "yes"}, "`structured` must be true or false"),
-        ({"gate": "input"}, "`gate` must be one of 'output', 'weight'"),
-        ({"new_data": 1}, "`new_data` must be true or false"),
-        ({"rounds": 0}, "`rounds` must be an integer >= 1"),
-        ({"samples": 0}, "`samples` must be an integer >= 1"),
-        ({"batch_size": 0}, "`batch_size` must be an integer >= 1"),
-        ({"backend": "differences"}, "`backend` must be one of"),
-        ({"sparsity": 90.0}, r"`sparsity` must be in \[0, 1\), got 90.0"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pruner(**{"sparsity": 0.5, **arguments})
