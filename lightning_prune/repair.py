@@ -310,14 +310,13 @@ def _moments(
     for index, batch in enumerate(batches):
         pruned = _inputs(module, layer, batch, run)
         full = _inputs(dense, teacher, batch, run)
-        judge = (
-            (index % _HELD_OUT == _HELD_OUT - 1) if len(batches) >= _HELD_OUT else index == len(batches) - 1
-        )
+        every = min(_HELD_OUT, len(batches))
+        judge = index % every == every - 1
         for x, a in zip(pruned, full, strict=True):
             x, a = features(layer, x).double(), features(teacher, a).double()
             for total, product in zip(sums[judge], (x.T @ x, a.T @ x, a.T @ a), strict=True):
                 total += product
-    return _Moments(tuple(sums[0]), tuple(sums[1]))  # type: ignore[arg-type]
+    return _Moments(tuple(sums[0]), tuple(sums[1]))
 
 
 def features(layer: Any, inputs: Tensor) -> Tensor:
