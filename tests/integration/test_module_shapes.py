@@ -81,6 +81,26 @@ def test_a_tied_weight_answers_to_its_other_name() -> None:
     assert not module.one.weight.any()
 
 
+class Shared(Tied):
+    """One layer object is registered under two names."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.two = self.one
+
+
+@pytest.mark.parametrize("kind", [Tied, Shared])
+def test_scoring_leaves_shared_parts_whole(spec: Spec, kind: type[Toy]) -> None:
+    module, watch, callback = toy(kind=kind), Watch(), spec.build()
+    before = [(name, id(parameter)) for name, parameter in module.named_parameters(remove_duplicate=False)]
+    fit(module, callback, watch)
+    after = [(name, id(parameter)) for name, parameter in module.named_parameters(remove_duplicate=False)]
+    assert after == before
+    assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
+    assert watch.found == [] == leaks(module)
+    assert sum(mask.numel() for mask in masks_of(module).values()) == Toy.TOTAL + 144
+
+
 def test_a_head_tied_to_an_embedding_is_left_alone() -> None:
     class Language(BoringModel):
         def __init__(self) -> None:
