@@ -82,20 +82,23 @@ def test_a_tied_weight_answers_to_its_other_name() -> None:
 
 
 class Shared(Tied):
-    """One layer object is registered under two names."""
+    """One layer object, and one norm with its buffers, are registered under two names."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.two = self.one
+        self.two, self.again = self.one, self.norm
 
 
 @pytest.mark.parametrize("kind", [Tied, Shared])
 def test_scoring_leaves_shared_parts_whole(spec: Spec, kind: type[Toy]) -> None:
+    def tensors() -> list[tuple[str, int]]:
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        return [(name, id(tensor)) for name, tensor in named]
+
     module, watch, callback = toy(kind=kind), Watch(), spec.build()
-    before = [(name, id(parameter)) for name, parameter in module.named_parameters(remove_duplicate=False)]
+    before = tensors()
     fit(module, callback, watch)
-    after = [(name, id(parameter)) for name, parameter in module.named_parameters(remove_duplicate=False)]
-    assert after == before
+    assert tensors() == before
     assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
     assert watch.found == [] == leaks(module)
     assert sum(mask.numel() for mask in masks_of(module).values()) == Toy.TOTAL + 144
