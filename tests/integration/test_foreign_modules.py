@@ -122,6 +122,31 @@ class ListOfLoaders(Toy):
         return sum(self.loss(part) for part in batch)
 
 
+class Collecting(Toy):
+    """Lightning's advised way to have all outputs of an epoch at its end, and a counter."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.outputs: list[Tensor] = []
+        self.calls, self.epochs = 0, []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss.detach())
+        self.calls += 1
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs.append((len(self.outputs), self.calls))
+        self.outputs.clear()
+
+
+def test_scoring_leaves_no_item_in_collected_outputs(spec: Spec) -> None:
+    module = toy(kind=Collecting)
+    fit(module, spec.build())
+    assert module.epochs == [(STEPS, STEPS), (STEPS, 2 * STEPS)]
+
+
 def dict_loader() -> DataLoader:
     def collate(rows: Any) -> dict[str, Tensor]:
         images, labels = zip(*rows, strict=True)
