@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_prune.batches import batch_length, join_batches, map_batch
 from lightning_prune.checks import check_choice, check_integer, check_positive
@@ -186,6 +187,7 @@ class GraSP(InitialPruning):
         self.micro_batch_size = check_optional("micro_batch_size", micro_batch_size)
         self.backend = check_choice("backend", backend, BACKENDS)
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest w * H g."""
         stream = BatchStream(context.objective, self.batch_size)

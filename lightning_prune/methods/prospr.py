@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_prune.checks import check_bool, check_choice, check_integer
 from lightning_prune.context import Context, Proposal
@@ -138,6 +139,7 @@ class ProsPr(InitialPruning):
         self.trajectory_device = None if trajectory_device is None else str(trajectory_device)
         self.gate = check_choice("gate", gate, GATES)
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w * meta-gradient|, in as many rounds as asked."""
         sgd = self._inner(self._rate(context))

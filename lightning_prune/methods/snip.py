@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_prune.checks import check_bool, check_integer
 from lightning_prune.context import Context, Proposal
@@ -107,6 +108,7 @@ class SNIP(InitialPruning):
         self.batch_size = check_optional("batch_size", batch_size)
         self.micro_batch_size = check_optional("micro_batch_size", micro_batch_size)
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w * dL/dw|, in as many rounds as asked."""
         stream = BatchStream(context.objective, self.batch_size)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_prune.batches import map_batch
 from lightning_prune.checks import check_choice, check_integer
@@ -161,6 +162,7 @@ class SynFlow(InitialPruning):
         )
         self.dtype = check_choice("dtype", dtype, tuple(_DTYPES))
 
+    @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest flows, round by round."""
         dtype = _DTYPES[self.dtype]
