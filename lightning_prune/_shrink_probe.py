@@ -110,7 +110,7 @@ def without_dropout(module: nn.Module) -> nn.Module:
 def run(module: nn.Module, calls: Sequence[Call], grad: bool = False, seed: int = 0) -> list[Tensor]:
     """Return all output tensors of all calls; every run of one seed starts from the same random state."""
     outputs = []
-    with quiet(), torch.set_grad_enabled(grad):
+    with quiet(tracing=False), torch.set_grad_enabled(grad):
         for call in calls:
             torch.manual_seed(seed)
             outputs += tensors_in(call.run(module))

@@ -129,15 +129,17 @@ def read_program(program: Any, prefix: str = "") -> Graph:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Trace without torch's warnings and prints, without the fused encoder, and leave every generator as it was.
+def quiet(tracing: bool = True) -> Iterator[None]:
+    """Run without torch's warnings and prints, without the fused encoder, and leave every generator as it was.
 
-    torch's causal-mask detector is a branch on data that only picks a kernel; it answers by its own argument here.
+    torch's causal-mask detector is a branch on data that only picks a kernel; while tracing it answers by its own
+    argument. Outside it must answer truly: with a float32 mask the kernels differ in float64.
     """
     transformer = nn.modules.transformer
     detect, fused = transformer._detect_is_causal_mask, torch.backends.mha.get_fastpath_enabled()
     level = logging.root.manager.disable
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    if tracing:
+        transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     torch.backends.mha.set_fastpath_enabled(False)
     logging.disable(logging.CRITICAL)
     try:
