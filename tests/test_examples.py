@@ -35,8 +35,8 @@ def run(program: str, *arguments: str, folder: Path) -> str:
 
 
 def cells(output: str, label: str) -> list[str]:
-    """Return the cells of the table row that begins with a label."""
-    (row,) = [line for line in output.splitlines() if re.match(rf"\W*{re.escape(label)}\s+│", line)]
+    """Return the cells of the last table row that begins with a label (a receipt may have one too)."""
+    row = [line for line in output.splitlines() if re.match(rf"\W*{re.escape(label)}\s+│", line)][-1]
     return [cell.strip() for cell in row.strip("│ ").split("│")][1:]
 
 
@@ -52,7 +52,7 @@ def test_every_example_opens_with_the_command_that_runs_it(path: Path) -> None:
 
 def test_the_callback_example_keeps_a_tenth_of_the_weights(tmp_path: Path) -> None:
     output = run("callback_in_trainer.py", "--epochs", "4", folder=tmp_path)
-    assert cells(output, "weights kept")[-2:] == ["33,744", "3,375"] or "3,375" in output
+    assert cells(output, "weights kept") == ["33,744", "3,375"]
     assert cells(output, "state_dict keys") == ["22", "the same"]
     dense, pruned = map(float, cells(output, "test accuracy"))
     assert dense > 0.5
