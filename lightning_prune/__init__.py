@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it (relative to this package)
 _EXPORTS = {
     "GraSP": "methods.grasp",
+    "CHITA": "methods.chita",
     "GradualMagnitude": "methods.magnitude",
     "Magnitude": "methods.magnitude",
     "MaskManager": "masks",

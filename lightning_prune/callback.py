@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -250,7 +251,10 @@ class PruningCallback(Callback):
 
     def repair(self, context: Context, proposal: Proposal) -> None:
         """Called after a proposal is in force: what can be put right without training; says so in its notes."""
-        if self.refit_bn and batch_norms(context.module):
+        untouched = proposal.weights is None and all(
+            torch.equal(mask, context.alive[name]) for name, mask in proposal.masks.items()
+        )
+        if self.refit_bn and not untouched and batch_norms(context.module):
             used = context.objective.refit_batch_norm(self.refit_bn_batches)
             proposal.repairs.append(f"BatchNorm statistics re-estimated on {used} batches")
 

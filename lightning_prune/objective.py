@@ -242,7 +242,8 @@ class _WholeBatches(Dataset):
         self.tensors = data.tensors
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        return [tensor[indices] for tensor in self.tensors]
+        index = torch.tensor(indices)
+        return [tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors]
 
     def __len__(self) -> int:
         return len(self.tensors[0])

@@ -87,6 +87,10 @@ class GradientSource:
         self._fill: Callable[[Any, Tensor], None] | None = None
         self._stack = ExitStack()
         self._stream: Iterator[Any] = iter(())
+        self.rows_given = 0  # rows of the smallest matrix so far
+        self.samples_used = 0
+        self._held: Any = None
+        self._rest: Any = None  # of a batch that one call did not use up
         self._position = 0  # samples read in this pass
         self._length: int | None = None  # of a pass, once one has been read
 
@@ -97,6 +101,15 @@ class GradientSource:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    def available(self, limit: int) -> int:
+        """Return how many samples one pass over the data has, counted up to `limit`."""
+        count = 0
+        for batch in self.objective.batches(None):
+            count += batch_length(batch)
+            if count >= limit:
+                break
+        return min(count, limit)
 
     def at(self, flat: Tensor) -> None:
         """Evaluate at other values of the named parameters from now on; `flat` has shape (p,)."""
@@ -116,12 +129,14 @@ class GradientSource:
             fill(batch, part)
             _check_rows(part, done)
             done += count
+            self.samples_used += count * samples_per_row
             self.objective.advance()
         if not done:
             raise ValueError(
                 f"there are fewer than `samples_per_row`={samples_per_row} calibration samples. "
                 "Give a larger dataloader."
             )
+        self.rows_given = min(done, self.rows_given or done)
         return matrix[:done]
 
     def mean(self, samples: int) -> tuple[float, Tensor]:
@@ -133,11 +148,12 @@ class GradientSource:
         wanted = [self.parameters[name] for name in self.names]
         total = torch.zeros(self.width, device=self.device)
         loss_sum, seen = 0.0, 0
-        for batch, count in regroup(self._next_pass(), check_integer("samples", samples, 1), 1, lambda: self.chunk):
+        for batch, count in self._take(check_integer("samples", samples, 1)):
             loss = evaluate(self.step, self.parameters, self.buffers, batch, seen)
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
             total.add_(torch.cat([g.flatten() for g in flat]), alpha=count)
+            self.samples_used += count
             loss_sum, seen = loss_sum + count * float(loss.detach()), seen + count
             self.objective.advance()
         if not seen:
@@ -146,9 +162,34 @@ class GradientSource:
             raise ValueError("the mean gradient of the calibration samples is not finite. Check loss and data.")
         return loss_sum / seen, total.div_(seen)
 
+    def held_loss(self, samples: int) -> float:
+        """Return the mean loss over a batch of at most `samples` samples that is drawn once and then kept."""
+        if self._held is None:
+            self._held = next((batch for batch, _ in self._take(check_integer("samples", samples, 1))), None)
+            if self._held is None:
+                raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
+        with torch.no_grad():
+            return float(evaluate(self.step, self.parameters, self.buffers, self._held, check=False))
+
+    def _take(self, samples: int) -> Iterator[tuple[Any, int]]:
+        """Parts of the stream that add up to `samples`; what is left of the last batch waits for the next call."""
+        for batch in self._next_pass():
+            length, used = batch_length(batch), 0
+            while used < length and samples:
+                count = min(samples, self.chunk, length - used)
+                yield slice_batch(batch, used, used + count), count
+                used, samples = used + count, samples - count
+            if not samples:
+                self._rest = slice_batch(batch, used, length) if used < length else None
+                return
+
     def _next_pass(self) -> Iterator[Any]:
         """Batches from where the stream stands, at most as many samples as one pass over the data has."""
         given, restarted = 0, False
+        if self._rest is not None:
+            batch, self._rest = self._rest, None
+            given = batch_length(batch)
+            yield batch
         while self._length is None or given < self._length:
             batch = next(self._stream, None)
             if batch is not None:

@@ -1,0 +1,306 @@
+"""CHITA: combinatorial pruning of a trained network, one-shot, multi-stage (CHITA++) and gradual with fine-tuning.
+
+Benbaki, Chen, Meng, Hazimeh, Ponomareva, Zhao, Mazumder, "Fast as CHITA: Neural Network Pruning with Combinatorial
+Optimization", ICML 2023. The loss around the current weights is a quadratic made of per-sample gradients (equation 3);
+its minimiser with k nonzeros chooses and repairs the kept weights at once (section 3); CHITA++ repeats this over stages
+of growing sparsity (section 4). Problem, solvers and stages are in the private files beside this one.
+
+Departures from the paper, each with its reason:
+- `ridge` is a multiple of the mean squared norm of the gradient rows, so that one default serves networks of all scales.
+- Weights are measured in units of their own gradients (`metric`), so that no layer is favoured for its scale.
+- After a stage the kept weights are refitted (`refits`): the quadratic is centred anew on the gradient of a fresh batch,
+  with the factorisation that is already there. It is training data well used, not pruning; `refits=0` leaves it out.
+- The first-order term may come from a larger batch of its own (`gradient_samples`).
+- A weight that was pruned in an earlier event never returns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.checks import check_bool, check_choice, check_fraction, check_integer, check_positive
+from lightning_prune.context import Context, Proposal
+from lightning_prune.methods._chita_problem import Quadratic, relative_ridge
+from lightning_prune.methods._chita_refit import RefitSettings
+from lightning_prune.methods._chita_solver import solve_block
+from lightning_prune.methods._chita_stages import SCHEDULES, Stage, StageSettings, run_stage, stage_sparsities
+from lightning_prune.oneshot import OneShotPruning
+from lightning_prune.sample_gradients import GradientSource
+from lightning_prune.selection import kept_count
+
+__all__ = ["CHITA", "check_memory", "prune_in_blocks", "prune_in_stages"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def prune_in_stages(
+    source: GradientSource,
+    weights: Tensor,
+    alive: Tensor,
+    sparsities: Sequence[float],
+    rows: int,
+    samples_per_row: int,
+    settings: StageSettings,
+    dtype: torch.dtype = torch.float32,
+    gradient_samples: int | None = None,
+    refit_samples: int = 1000,
+) -> Iterator[Stage]:
+    """Run CHITA++: solve a stage for every sparsity, each around the result of the one before; yield each stage.
+
+    Args:
+        source: open source of gradients whose p columns are the prunable weights.
+        weights: trained values, shape (p,).
+        alive: bool of shape (p,); weights that are False are gone already and count as pruned.
+        sparsities: of all p weights, in order; the last one is the target.
+        rows: gradient rows n of each stage, >= 1.
+        samples_per_row: samples averaged in one row (m), >= 1.
+        settings: how a stage is solved and refitted.
+        dtype: storage of the rows.
+        gradient_samples: samples of a separate batch for the first-order term; None takes the mean of the rows.
+        refit_samples: samples in each gradient of a refit, >= 1.
+    """
+
+    def gradient(at: Tensor) -> tuple[float, Tensor]:
+        source.at(at)
+        return source.mean(refit_samples)
+
+    def loss(at: Tensor) -> float:
+        source.at(at)
+        return source.held_loss(refit_samples)
+
+    length = 1.0
+    for sparsity in sparsities:
+        source.at(weights)
+        matrix = source.rows(rows, samples_per_row, dtype)
+        mean = source.mean(gradient_samples)[1] if gradient_samples and settings.first_order else None
+        k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
+        stage = run_stage(
+            weights, k, matrix, samples_per_row, gradient, loss, settings, _or_none(alive), length, mean
+        )  # fmt: skip
+        yield stage
+        weights, length = stage.weights, stage.length
+
+
+def prune_in_blocks(
+    source: GradientSource,
+    weights: Tensor,
+    alive: Tensor,
+    sparsities: Sequence[float],
+    rows: int,
+    samples_per_row: int,
+    ridge: float,
+    first_order: bool,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Run the block-wise form over stages: global choice, then an exact solve inside every block of weights.
+
+    Args:
+        ridge: multiple of the mean squared row norm, > 0.
+        first_order: whether the gradient itself takes part.
+        block_size: weights in a block, >= 1; blocks never cross tensors.
+        source, weights, alive, sparsities, rows, samples_per_row, dtype: as in `prune_in_stages`.
+    Returns:
+        Values of shape (p,), 0 outside the support, and the support (bool, exact count).
+    """
+    support = alive
+    for sparsity in sparsities:
+        source.at(weights)
+        matrix = source.rows(rows, samples_per_row, dtype)
+        step = 1.0 / samples_per_row if first_order else 0.0
+        problem = Quadratic(matrix, weights, relative_ridge(matrix, ridge), step, alive=_or_none(alive))
+        k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
+        solution = solve_block(problem, k, source.sizes, block_size)
+        weights, support = solution.weights, solution.support
+    return weights, support
+
+
+def _or_none(alive: Tensor) -> Tensor | None:
+    return None if bool(alive.all()) else alive
+
+
+class CHITA(OneShotPruning):
+    """Prune a trained network by combinatorial optimization on per-sample gradients, and repair the kept weights.
+
+    Args:
+        sparsity: pruned fraction of the selected weights, in [0, 1); None with pairs in `at`.
+        at: when; see `OneShotPruning`. A list of pairs with fine-tuning in between is the paper's gradual pipeline.
+        num_grads: gradient rows n per stage, >= 1.
+        grad_batch: samples averaged in one row (m), >= 1.
+        stages: 1 is CHITA, more are CHITA++.
+        schedule: how sparsity grows over the stages: "exp", "poly", "linear", "const" or "mfac".
+        base_level: sparsity of the first of several stages, in [0, 1).
+        polish: further stages at the final sparsity, >= 0.
+        ridge: damping as a multiple of the mean squared row norm, > 0; useful values lie in 1e-5 to 1e-2.
+        metric: weights are measured in units of their root mean square gradient to this power, in [0, 1]; 0: not.
+        first_order: use the gradient of the loss, not only its curvature.
+        gradient_samples: samples of a separate batch for the first-order term, >= 1; None: the mean of the rows.
+        algorithm: "iht" (hard thresholding and swaps), "bso" (one exact solve), "block" (block-wise, no refits).
+        block_size: weights in a block of "block", >= 1.
+        grad_dtype: storage of the gradient matrix, "float32" or "bfloat16" (half the memory).
+        refits: steps along fresh gradients after every stage, on the chosen support, >= 0.
+        refit_samples: samples in each of their gradients, >= 1.
+        refit_bn: re-estimate BatchNorm statistics after pruning.
+        **common: see `PruningCallback`.
+    Raises:
+        ValueError: an argument breaks its rule.
+    """
+
+    method: ClassVar[str] = "chita"
+    shards: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        at: Any = "start",
+        num_grads: int = 250,
+        grad_batch: int = 16,
+        stages: int = 1,
+        schedule: str = "exp",
+        base_level: float = 0.1,
+        polish: int = 0,
+        ridge: float = 1e-4,
+        metric: float = 0.5,
+        first_order: bool = True,
+        gradient_samples: int | None = None,
+        algorithm: str = "bso",
+        block_size: int = 500,
+        grad_dtype: str = "float32",
+        refits: int = 40,
+        refit_samples: int = 1000,
+        refit_bn: bool = True,
+        **common: Any,
+    ) -> None:
+        super().__init__(sparsity=sparsity, at=at, refit_bn=refit_bn, **common)
+        self.num_grads = check_integer("num_grads", num_grads, 1)
+        self.grad_batch = check_integer("grad_batch", grad_batch, 1)
+        self.stages = check_integer("stages", stages, 1)
+        self.schedule = check_choice("schedule", schedule, SCHEDULES)
+        self.base_level = check_fraction("base_level", base_level)
+        self.polish = check_integer("polish", polish, 0)
+        self.ridge = check_positive("ridge", ridge)
+        self.metric = metric
+        self.first_order = check_bool("first_order", first_order)
+        self.gradient_samples = (
+            None if gradient_samples is None else check_integer("gradient_samples", gradient_samples, 1)
+        )
+        self.algorithm = check_choice("algorithm", algorithm, ("iht", "bso", "block"))
+        self.block_size = check_integer("block_size", block_size, 1)
+        self.grad_dtype = check_choice("grad_dtype", grad_dtype, tuple(DTYPES))
+        self.refits = check_integer("refits", refits, 0)
+        self.refit_samples = check_integer("refit_samples", refit_samples, 1)
+        self.settings = StageSettings(
+            (self.ridge,),
+            metric,
+            first_order,
+            "bso" if algorithm == "block" else algorithm,
+            RefitSettings(count=refits),
+        )
+
+    @override
+    def propose(self, context: Context) -> Proposal:
+        """Choose the support and the values of the kept weights; where nothing has to go, nothing is touched."""
+        if self._nothing_to_remove(context):
+            return Proposal(dict(context.alive))
+        flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
+        alive = torch.cat([mask.flatten() for mask in context.alive.values()])
+        check_memory(self.num_grads, flat.numel(), DTYPES[self.grad_dtype], flat.device)
+        gone = 1.0 - int(alive.sum()) / flat.numel()
+        base = min(max(self.base_level, gone), context.target)
+        sparsities = stage_sparsities(self.schedule, self.stages, context.target, base, self.polish)
+        with (
+            GradientSource(context.objective, list(context.weights)) as source,
+            progress(context, len(sparsities)) as advance,
+        ):
+            samples_per_row = self._samples_per_row(source)
+            weights, support = self._solve(source, flat, alive, sparsities, samples_per_row, advance)
+        sizes = [weight.numel() for weight in context.weights.values()]
+        masks, values = {}, {}
+        for (name, weight), value, mask in zip(
+            context.weights.items(), weights.split(sizes), support.split(sizes), strict=True
+        ):
+            masks[name], values[name] = mask.view(weight.shape), value.view(weight.shape).to(weight.dtype)
+        note = (
+            f"{len(sparsities)} stage(s) of {source.rows_given} gradient rows of {samples_per_row} samples; "
+            f"{source.samples_used} samples read; kept weights moved by {float((weights - flat)[support].norm()):.4g}."
+        )
+        return Proposal(masks, values, [note])
+
+    def _nothing_to_remove(self, context: Context) -> bool:
+        total = sum(mask.numel() for mask in context.alive.values())
+        return sum(int(mask.sum()) for mask in context.alive.values()) <= kept_count(total, context.target)
+
+    def _samples_per_row(self, source: GradientSource) -> int:
+        """`grad_batch`, or as many samples as small data leave for each of `num_grads` rows."""
+        samples = source.available(self.num_grads * self.grad_batch)
+        if samples < self.num_grads:
+            warnings.warn(
+                f"`num_grads`={self.num_grads} gradients are more than the {samples} calibration samples; using {samples}.",
+                stacklevel=2,
+            )
+        return min(self.grad_batch, max(1, samples // self.num_grads))
+
+    def _solve(
+        self,
+        source: GradientSource,
+        flat: Tensor,
+        alive: Tensor,
+        sparsities: list[float],
+        samples_per_row: int,
+        advance: Callable[[], None],
+    ) -> tuple[Tensor, Tensor]:
+        dtype = DTYPES[self.grad_dtype]
+        if self.algorithm == "block":
+            return prune_in_blocks(
+                source, flat, alive, sparsities, self.num_grads, samples_per_row, self.ridge, self.first_order,
+                self.block_size, dtype,
+            )  # fmt: skip
+        for stage in prune_in_stages(  # noqa: B007 (the last one is the result)
+            source, flat, alive, sparsities, self.num_grads, samples_per_row, self.settings, dtype,
+            self.gradient_samples, self.refit_samples,
+        ):  # fmt: skip
+            advance()
+        return stage.weights, stage.support
+
+
+@contextmanager
+def progress(context: Context, stages: int) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after every stage; it moves a bar where bars are drawn and there are several stages."""
+    if not context.show_progress or stages == 1:
+        yield lambda: None
+        return
+    with Progress(transient=True) as bar:
+        task = bar.add_task("CHITA stages", total=stages)
+        yield lambda: bar.advance(task)
+
+
+def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError if the gradient matrix and 25 % for the solver would not fit into what is free."""
+    needed = int(rows * columns * torch.empty((), dtype=dtype).element_size() * 1.25)
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"`num_grads`={rows} gradients of {columns} weights need about {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free. Lower `num_grads`, use grad_dtype='bfloat16' (half as much), or prune layers "
+            "in turn with `include` (algorithm='block' keeps the solver's own share small)."
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes; None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
