@@ -32,6 +32,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import GradualMagnitude, Magnitude, RandomPruning
+from lightning_prune.context import Context, Proposal
 
 pytestmark = [
     *QUIET,
@@ -183,6 +184,29 @@ def test_the_second_mask_lies_within_the_first() -> None:
     early, late = seen[0], seen[-1]
     assert not same(early, late)
     assert all(not (late[name] & ~early[name]).any() for name in early)
+
+
+class Careless(Magnitude):
+    """A user's method that does not look at what is pruned already."""
+
+    method = "careless"
+
+    def propose(self, context: Context) -> Proposal:
+        return Proposal({name: torch.rand(weight.shape) < 0.5 for name, weight in context.weights.items()})
+
+
+def test_a_method_that_ignores_earlier_masks_regrows_nothing() -> None:
+    module, first = toy(), {}
+
+    class Early(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            first.setdefault("masks", masks_of(pl_module))
+
+    fit(module, magnitude(), Careless(0.5, at=1, measure=False), Early())
+    late = masks_of(module)
+    assert all(not (late[name] & ~early).any() for name, early in first["masks"].items())
+    assert kept_of(module, late) < 300  # about half of half
+    assert leaks(module) == []
 
 
 def test_a_second_method_with_a_lower_target_prunes_no_more() -> None:
