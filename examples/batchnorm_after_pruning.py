@@ -13,6 +13,7 @@ import logging
 import statistics
 import warnings
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -29,7 +30,7 @@ COLUMNS = ("dense", "pruned", "pruned, refit_bn=True", "pruned, one epoch of fin
 
 def make_trainer(epochs: int, *callbacks: Magnitude) -> Trainer:
     """Return a silent CPU Trainer."""
-    quiet = dict.fromkeys(
+    quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
     )
     return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **quiet)

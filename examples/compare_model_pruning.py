@@ -99,7 +99,7 @@ class Watch(Callback):
 
 def fit(module: LightningModule, callbacks: list[Callback], loader: DataLoader, **settings: Any) -> None:
     """Train on the CPU, silently."""
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     path = settings.pop("ckpt_path", None)
     settings.setdefault("enable_checkpointing", any(isinstance(c, ModelCheckpoint) for c in callbacks))
     Trainer(accelerator="cpu", callbacks=callbacks, **quiet, **settings).fit(module, loader, ckpt_path=path)
@@ -226,7 +226,7 @@ def ratio_cell(seconds: list[float], dense: list[float]) -> str:
 
 def lives() -> tuple[list[str], list[list[str]]]:
     """Return header and rows: what becomes of masks, keys and checkpoints."""
-    variants = {
+    variants: dict[str, Make] = {
         "ModelPruning": model_pruning,
         "ModelPruning, not permanent": partial(model_pruning, permanent=False),
         "Magnitude": magnitude,
@@ -242,7 +242,7 @@ def lives() -> tuple[list[str], list[list[str]]]:
 
 def step_costs(rounds: int) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: CPU time of a step over that of a dense one."""
-    cases = {
+    cases: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         "MLP 784-1024-1024-10, batch 64": (
             partial(mlpnet, (784, 1024, 1024, 10)),
             torch.randn(10, 64, 784),
@@ -261,8 +261,8 @@ def show(title: str, header: list[str], rows: list[list[str]], markdown: bool) -
     console = Console(width=130)
     if markdown:
         lines = [header, ["---"] * len(header), *rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        console.print(f"{title}\n\n{table}\n", soft_wrap=True, highlight=False, markup=False)
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        console.print(f"{title}\n\n{text}\n", soft_wrap=True, highlight=False, markup=False)
         return
     table = Table(*header, title=title, show_lines=True)
     for row in rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -59,7 +60,7 @@ class RowTransformer(LightningModule):
 
 def make_trainer(epochs: int, folder: Path, *callbacks: Callback) -> Trainer:
     """Return a quiet CPU Trainer."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(
         max_epochs=epochs, accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **quiet
     )

@@ -74,7 +74,7 @@ class ReadersData(LightningDataModule):
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(accelerator="cpu", **quiet, **settings)
 
 
