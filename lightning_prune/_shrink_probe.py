@@ -5,6 +5,7 @@ Trained or default values hide errors: with a layer scale of 1e-6 or a last norm
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import warnings
@@ -109,12 +110,33 @@ def without_dropout(module: nn.Module) -> nn.Module:
 
 def run(module: nn.Module, calls: Sequence[Call], grad: bool = False, seed: int = 0) -> list[Tensor]:
     """Return all output tensors of all calls; every run of one seed starts from the same random state."""
-    outputs = []
-    with quiet(tracing=False), torch.set_grad_enabled(grad):
+    outputs: list[Tensor] = []
+    with quiet(tracing=False), attributes_kept(module), torch.set_grad_enabled(grad):
         for call in calls:
             torch.manual_seed(seed)
             outputs += tensors_in(call.run(module))
     return outputs
+
+
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass stores in attributes: a cached tensor would be stale after a cut."""
+    saved = [
+        (child, {name: _shallow(name, value) for name, value in vars(child).items()})
+        for child in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for child, attributes in saved:
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+
+
+def _shallow(name: str, value: Any) -> Any:
+    """A copy of a plain container; those of hooks stay, since handles point at them."""
+    plain = type(value) in (dict, list, set, collections.OrderedDict) and "hook" not in name
+    return value.copy() if plain else value
 
 
 def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -419,6 +419,28 @@ class Branching(nn.Module):
         return out * 2 if x.sum() > 0 else out
 
 
+class Caching(nn.Module):
+    """Keeps a tensor of its first forward pass, as long as its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bias = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(8))
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias * 2
+        return self.b(self.a(x) + self.cache["bias"])
+
+
+def test_tensors_cached_by_a_forward_pass_do_not_go_stale():
+    module = Caching()
+    small = shrink(module, vectors(), {"a": torch.arange(8) < 4})
+    assert report_of(small).units == {"a": (8, 4)}
+    assert small.cache == {}
+    assert small(*vectors()).shape == (4, 3)
+
+
 def test_time_spent_leaves_the_module_whole():
     small = shrink(NETS["heads"][0](), NETS["heads"][1](), {"q": torch.arange(4) < 2}, time_limit=1e-9)
     assert report_of(small).refused == {"q": "the time limit was spent"} or report_of(small).units == {

@@ -5,6 +5,7 @@ Each package that is not installed is skipped. A test prints what was removed, a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -55,10 +56,11 @@ def _torchvision(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 def _torchvision_first() -> None:
     """Declare the operators without which torchvision does not import beside another build of torch."""
     if not _OPERATORS:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _OPERATORS.append(library)
+        with contextlib.suppress(RuntimeError):  # torchvision's own build has declared them
+            library = torch.library.Library("torchvision", "DEF")
+            _OPERATORS.append(library)
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _timm(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
