@@ -115,7 +115,7 @@ def solve_system(problem: Quadratic, system: SupportSystem, ridges: Sequence[flo
     if not system.index.numel():
         return problem.center.new_zeros(len(damping), problem.p)
     scale = torch.tensor(damping, dtype=torch.float64, device=problem.rows.device)
-    invert = _inverse(system.gram, scale)
+    invert = inverse(system.gram, scale)
     kept = system.support[:, None]
     rho = problem.forward(problem.center.masked_fill(system.support, 0.0))[:, None]
     move = (_dual if system.dual else _primal)(problem, system, rho, scale, invert)
@@ -160,7 +160,7 @@ def _primal(
 _Inverse = Callable[[Tensor], Tensor]
 
 
-def _inverse(gram: Tensor, damping: Tensor) -> _Inverse:
+def inverse(gram: Tensor, damping: Tensor) -> _Inverse:
     """Return B -> (G + damping_j I)^{-1} b_j for every column j: one Cholesky factor, or one eigendecomposition."""
     if damping.numel() == 1:
         damped = gram.clone()
