@@ -23,7 +23,8 @@ NAMES = sorted(
 )
 # small values for arguments of these names, whatever the method
 SMALL = {
-    "sparsity": 0.5, "budget": 0.5, "measure": False, "every_n_steps": 1, "num_grads": 16, "rounds": 2, "steps": 2,
+    "sparsity": 0.5, "budget": 0.5, "measure": False, "every_n_steps": 1, "rounds": 2, "steps": 2,
+    "num_grads": 8, "refits": 2, "refit_samples": 8, "refit_bn_batches": 2,
 }  # fmt: skip
 
 
@@ -35,9 +36,13 @@ class Spec:
     kind: type[PruningCallback]
     arguments: dict[str, Any]
 
+    @property
+    def small(self) -> dict[str, Any]:
+        """The small values of those arguments that the method has."""
+        return {key: value for key, value in SMALL.items() if key in self.arguments}
+
     def build(self, **arguments: Any) -> Any:
-        small = {key: value for key, value in SMALL.items() if key in self.arguments}
-        return self.kind(**{**self.arguments, **small, **arguments})
+        return self.kind(**{**self.arguments, **self.small, **arguments})
 
     def needs(self, argument: str) -> None:
         if argument not in self.arguments:

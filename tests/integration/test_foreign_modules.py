@@ -34,6 +34,7 @@ from lightning_prune import Magnitude
 pytestmark = [
     *QUIET,
     pytest.mark.filterwarnings("ignore:.* left no weight in"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching"),
     pytest.mark.filterwarnings("ignore:SynFlow does not conserve flow"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile looks
 ]

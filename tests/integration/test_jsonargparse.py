@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -64,12 +63,10 @@ def test_an_argument_that_does_not_exist_is_refused(spec: Spec) -> None:
 def test_lightning_cli_trains_with_the_callback_from_its_file(
     spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small: dict[str, Any] = {"measure": False, "sparsity": 0.5, "every_n_steps": 1, "budget": 0.5}
-    arguments = {key: value for key, value in small.items() if key in spec.arguments}
     trainer = {
         "max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False,
-        "callbacks": [{"class_path": f"{spec.kind.__module__}.{spec.kind.__name__}", "init_args": arguments}],
+        "callbacks": [{"class_path": f"{spec.kind.__module__}.{spec.kind.__name__}", "init_args": spec.small}],
     }  # fmt: skip
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"seed_everything": 3, "trainer": trainer}))
