@@ -274,6 +274,16 @@ def test_unmasked_gradients_resume_as_well(step_checkpoints: Any, optimizer: str
     assert same(train([method()], resume=path, optimizer=optimizer), train([method()], optimizer=optimizer))
 
 
+def test_repaired_norms_resume_as_well(step_checkpoints: Any) -> None:
+    def method() -> Magnitude:
+        return Magnitude(0.5, at=1, refit_bn=True, measure=False)
+
+    whole, paths = train([method()]), step_checkpoints([method()])
+    steps = (STEPS - 1, STEPS, STEPS + 1, 2 * STEPS)
+    assert [step for step in steps if not same(train([method()], resume=paths[step]), whole)] == []
+    assert not same(train([Magnitude(0.5, at=1, measure=False)])[0], whole[0])  # the repair did something
+
+
 def test_manual_optimization_resumes(tmp_path: Path) -> None:
     def run(resume: Path | None = None) -> Any:
         module = toy(0 if resume is None else 9, kind=TwoOptimizers)

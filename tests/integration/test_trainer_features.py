@@ -12,7 +12,9 @@ import torch
 from integration.toys import (
     QUIET,
     STEPS,
+    RandomTrace,
     Toy,
+    TwoOptimizers,
     Watch,
     fit,
     kept_of,
@@ -152,6 +154,35 @@ def test_a_moment_that_never_comes_is_refused_before_anything_changed(
         fit(module, make(), **settings)
     assert same(weights_of(module), before)
     assert masks_of(module) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "make_loader", "message"),
+    [
+        (Toy, lambda: DataLoader(Stream(), batch_size=4), "calibration needs a map-style DataLoader"),
+        (TwoOptimizers, toy_loader, r"optimizes by itself.*loss_fn"),
+    ],
+)
+def test_a_repair_that_cannot_be_done_is_refused_before_anything_changed(
+    kind: type[Toy], make_loader: Callable[[], Any], message: str
+) -> None:
+    module, callback = toy(kind=kind), magnitude(refit_bn=True)
+    before = weights_of(module)
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        fit(module, callback, loader=make_loader())
+    assert same(weights_of(module), before)
+    assert masks_of(module) == {}
+
+
+@pytest.mark.parametrize("refit_bn", [False, True])
+def test_repair_disturbs_no_order_and_no_random_state(refit_bn: bool) -> None:
+    traces = []
+    for repaired in (False, refit_bn):
+        module, trace = toy(dropout=0.3), RandomTrace()
+        torch.manual_seed(5)
+        fit(module, magnitude(1, refit_bn=repaired), trace, loader=toy_loader(shuffle=True))
+        traces.append(trace.states)
+    assert same(*traces)
 
 
 @pytest.mark.parametrize("make", [lambda: magnitude(10), lambda: magnitude("end"), lambda: gradual(end=4000)])
