@@ -27,6 +27,7 @@ from lightning_prune.context import Context, Proposal, describe_event, event_gen
 from lightning_prune.fit import (
     ForwardRecorder,
     calibration_source,
+    check_optimizers,
     check_strategy,
     log_event,
     mean_over_ranks,
@@ -135,6 +136,10 @@ class PruningCallback(Callback):
         self._recorder = ForwardRecorder()
         self.receipt = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickled callback keeps what it did, not the module it did it to."""
+        return {**self.__dict__, "_bound": None, "_fitting": None, "_recorder": ForwardRecorder()}
+
     # Lightning's hooks, in the order in which they run
 
     @override
@@ -194,6 +199,7 @@ class PruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_optimizers(trainer.optimizers)
         targets = select(pl_module, self.include, self.exclude)
         self._check_module(pl_module, targets)
         resumed = self._pending is not None or self.events > 0
@@ -223,6 +229,8 @@ class PruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._act(trainer, pl_module)
+        if self._primary:
+            MaskManager.of(pl_module).apply_unowned()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -53,7 +52,7 @@ def steps_before_epoch(trainer: Trainer, pl_module: LightningModule, epoch: int)
         return None
     if not pl_module.automatic_optimization:
         return epoch * int(batches)
-    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    schedules = [c for c in trainer.callbacks if hasattr(c, "get_accumulate_grad_batches")]
     if not schedules:
         return epoch * math.ceil(batches / trainer.accumulate_grad_batches)
     return sum(math.ceil(batches / schedules[0].get_accumulate_grad_batches(done)) for done in range(epoch))
@@ -62,11 +61,21 @@ def steps_before_epoch(trainer: Trainer, pl_module: LightningModule, epoch: int)
 def check_strategy(trainer: Trainer) -> None:
     """Raise MisconfigurationException for strategies whose optimizer step cannot be masked."""
     name = type(trainer.strategy).__name__
-    if "DeepSpeed" in name:
+    if "DeepSpeed" in name or name == "FSDPStrategy":
         raise MisconfigurationException(
             f"{name} partitions weights and steps them by itself, so masks cannot be enforced. Use 'ddp' or "
             "ModelParallelStrategy (FSDP2)."
         )
+
+
+def check_optimizers(optimizers: Sequence[Any]) -> None:
+    """Raise MisconfigurationException for optimizers whose steps cannot be followed."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise MisconfigurationException(
+                f"masks are enforced by a hook after each optimizer step, and {type(optimizer).__name__} has none. Derive it "
+                "from torch.optim.Optimizer and call super().__init__."
+            )
 
 
 def calibration_source(

@@ -141,6 +141,15 @@ class MaskManager:
             torch._foreach_mul_(weights, masks)
 
     @torch.no_grad()
+    def apply_unowned(self) -> None:
+        """Zero pruned weights that no attached optimizer updates: averaged teachers and the like, moved by other code."""
+        owned = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        parameters = named_tensors(self.module)
+        for name, mask in self._runtime.items():
+            if id(parameters[name]) not in owned:
+                parameters[name].mul_(mask)
+
+    @torch.no_grad()
     def settle(self) -> None:
         """Write +0.0 into pruned weights: a product leaves -0.0 where they were negative, which compresses badly."""
         for weight, mask in zip(*self._find_pairs(None), strict=True):

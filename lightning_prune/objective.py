@@ -159,15 +159,34 @@ def evaluate(
     check: bool = True,
 ) -> Tensor:
     """Return the loss of the wrapped step as a function of parameters (canonical names) and buffers."""
-    actual = {canonical_name(name): name for name, _ in step.named_parameters()}
-    named = {actual[f"module.{name}"]: value for name, value in parameters.items()}
-    named.update({f"module.{name}": value for name, value in buffers.items()})
-    loss = torch.func.functional_call(step, named, (batch, index), tie_weights=True)
+    named = live_names(step, {f"module.{name}": value for name, value in (*parameters.items(), *buffers.items())})
+    loss = torch.func.functional_call(step, named, (batch, index), tie_weights=False)
     if check and not bool(torch.isfinite(loss)):
         raise ValueError(
             f"the loss of calibration batch {index} is not finite, got {loss.detach().item()}. Check loss and data."
         )
     return loss
+
+
+def live_names(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values by one full name per place that holds their tensor, ready for `functional_call`.
+
+    A tensor tied between modules gets one name in each of them; a module registered under two names gets one. Left to
+    itself (`tie_weights=True`) `functional_call` swaps the second kind twice and leaves a copy in the live module.
+
+    Args:
+        module: the module to call.
+        values: stand-ins by canonical name (any name of a tied tensor).
+    """
+    everything = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    live = {canonical_name(name): tensor for name, tensor in everything}
+    stand_in = {id(live[canonical_name(name)]): value for name, value in values.items()}
+    return {
+        f"{path}.{name}" if path else name: stand_in[id(tensor)]
+        for path, child in module.named_modules()
+        for name, tensor in (*child._parameters.items(), *child._buffers.items())
+        if tensor is not None and id(tensor) in stand_in
+    }
 
 
 def _eagerly() -> AbstractContextManager[Any]:

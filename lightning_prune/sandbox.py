@@ -1,12 +1,15 @@
 """Run a LightningModule's own step from a callback and leave no trace of it.
 
 A step logs, updates metrics, draws random numbers and (BatchNorm) writes buffers. Inside `untouched` all of it is
-undone or muted. Not undone are Python side effects of the user's step (a list it appends to); score on a copy then.
+undone or muted, lists and counters that the step keeps as attributes included. Not undone is what a step does to objects
+further away (a file, a global); score on a copy then.
 """
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +20,9 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 _LOGGING = ("log", "log_dict")
+_CONTAINERS = (list, dict, set, deque)
+_VALUES = (int, float, complex, str, bytes, bool, tuple, type(None))
+_TORCHS_OWN = frozenset(nn.Module().__dict__) - {"training"}
 
 
 @contextmanager
@@ -30,6 +36,7 @@ def untouched(module: nn.Module, trainer: Any = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(isolated_rng())
         stack.enter_context(_training_flags(module))
+        stack.enter_context(_plain_attributes(module))
         stack.enter_context(_metric_states(module))
         stack.enter_context(_muted_logging(module, trainer))
         stack.enter_context(torch.enable_grad())
@@ -83,6 +90,40 @@ def _training_flags(module: nn.Module) -> Iterator[None]:
     finally:
         for child, flag in flags:
             child.training = flag  # not train(flag): it would recurse over children set otherwise
+
+
+@contextmanager
+def _plain_attributes(module: nn.Module) -> Iterator[None]:
+    """Lists, dicts, sets and plain values that hang on modules: a step that collects its outputs must not collect ours."""
+    kept = [
+        (child.__dict__, _plain_part(child.__dict__)) for child in module.modules() if not isinstance(child, Metric)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            for name in _plain_part(attributes).keys() - before.keys():
+                del attributes[name]
+            for name, (value, content) in before.items():
+                _refill(value, content)
+                attributes[name] = value
+
+
+def _plain_part(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
+        for name, value in attributes.items()
+        if isinstance(value, (*_CONTAINERS, *_VALUES)) and name not in _TORCHS_OWN
+    }
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Put the old content back into a container, which others may hold too."""
+    if isinstance(value, list):
+        value[:] = content
+    elif isinstance(value, _CONTAINERS):
+        value.clear()
+        value.extend(content) if isinstance(value, deque) else value.update(content)
 
 
 @contextmanager

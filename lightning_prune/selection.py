@@ -186,13 +186,20 @@ def _keep_best(rank: Tensor, count: int) -> Tensor:
         return torch.zeros_like(rank, dtype=torch.bool)
     if count >= n:
         return rank > -math.inf
-    threshold = rank.kthvalue(n - count + 1).values
+    threshold = _kth_value(rank, n - count + 1)
     if threshold == -math.inf:
         return rank > -math.inf
     mask = rank > threshold
     ties = (rank == threshold).nonzero().flatten()
     mask[ties[: count - int(mask.sum())]] = True
     return mask
+
+
+def _kth_value(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest value; `kthvalue` refuses deterministic mode on a GPU for the sake of its indices."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.sort().values[k - 1]
+    return values.kthvalue(k).values
 
 
 def _keep_globally(

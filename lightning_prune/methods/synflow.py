@@ -28,7 +28,7 @@ from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import full
 from lightning_prune.methods._prospr_batches import Arguments, forward_arguments, progress
 from lightning_prune.methods._prospr_selection import InitialPruning, Masks, prune_in_rounds
-from lightning_prune.objective import buffers_of
+from lightning_prune.objective import buffers_of, live_names
 from lightning_prune.sandbox import untouched
 from lightning_prune.selection import Scope
 from lightning_prune.targets import canonical_name
@@ -84,7 +84,7 @@ def positive_flow(
 
         def flow(weights: Mapping[str, Tensor]) -> Tensor:
             given = {**constants, **{names[f"module.{name}"]: weight for name, weight in weights.items()}}
-            output = torch.func.functional_call(wrapper, given, args, kwargs, tie_weights=True)
+            output = torch.func.functional_call(wrapper, live_names(wrapper, given), args, kwargs, tie_weights=False)
             return torch.stack([tensor.sum() for tensor in _floating(output)]).sum()
 
         yield flow
