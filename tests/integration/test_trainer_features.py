@@ -156,7 +156,6 @@ def test_a_moment_that_never_comes_is_refused_before_anything_changed(
     assert masks_of(module) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="a repair is tried when the masks are already in force")
 @pytest.mark.parametrize(
     ("kind", "make_loader", "message"),
     [
