@@ -84,7 +84,9 @@ def positive_flow(
 
         def flow(weights: Mapping[str, Tensor]) -> Tensor:
             given = {**constants, **{names[f"module.{name}"]: weight for name, weight in weights.items()}}
-            output = torch.func.functional_call(wrapper, live_names(wrapper, given), args, kwargs, tie_weights=False)
+            output = torch.func.functional_call(
+                wrapper, live_names(wrapper, given), args, kwargs, tie_weights=False
+            )
             return torch.stack([tensor.sum() for tensor in _floating(output)]).sum()
 
         yield flow
