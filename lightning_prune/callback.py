@@ -257,14 +257,20 @@ class PruningCallback(Callback):
 
     # how they are served
 
-    def repair(self, context: Context, proposal: Proposal) -> None:
-        """Called after a proposal is in force: what can be put right without training; says so in its notes."""
+    def prepare_repair(self, context: Context, proposal: Proposal) -> bool:
+        """Whether `repair` has something to do; raises before anything has changed if it could not be done."""
         untouched = proposal.weights is None and all(
             torch.equal(mask, context.alive[name]) for name, mask in proposal.masks.items()
         )
-        if self.refit_bn and not untouched and batch_norms(context.module):
-            used = context.objective.refit_batch_norm(self.refit_bn_batches)
-            proposal.repairs.append(f"BatchNorm statistics re-estimated on {used} batches")
+        if untouched or not self.refit_bn or not batch_norms(context.module):
+            return False
+        context.objective.check_batches()
+        return True
+
+    def repair(self, context: Context, proposal: Proposal) -> None:
+        """Called after a proposal is in force: what can be put right without training; says so in its notes."""
+        used = context.objective.refit_batch_norm(self.refit_bn_batches)
+        proposal.repairs.append(f"BatchNorm statistics re-estimated on {used} batches")
 
     @property
     def finished(self) -> bool:
@@ -318,8 +324,10 @@ class PruningCallback(Callback):
         manager = MaskManager.of(pl_module)
         context = self._context(trainer, pl_module, target)
         proposal = same_on_all_ranks(self.propose(context), pl_module.device)
+        repairable = self.prepare_repair(context, proposal)
         manager.set_masks(proposal.masks, proposal.weights)
-        self.repair(context, proposal)
+        if repairable:
+            self.repair(context, proposal)
         self.mark_done(position)
         self.history.append(describe_event(manager, proposal, target, position, time.perf_counter() - started))
         self._announce(trainer, self.history[-1])

@@ -101,6 +101,11 @@ class Objective:
         """Detached float clones of all parameters by canonical name (a tied tensor once), requiring gradients."""
         return {name: _differentiable(full(p.detach())) for name, p in named_tensors(self.module).items()}
 
+    def check_batches(self) -> None:
+        """Raise ValueError if not even one calibration batch can be read."""
+        if next(iter(self.batches(1)), None) is None:
+            raise ValueError("there is no calibration batch. Give a dataloader with at least one batch.")
+
     def refit_batch_norm(self, count: int) -> int:
         """Re-estimate the live module's BatchNorm statistics on at most `count` batches; returns how many were used."""
 

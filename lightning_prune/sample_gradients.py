@@ -139,9 +139,12 @@ class GradientSource:
         self.rows_given = min(done, self.rows_given or done)
         return matrix[:done]
 
-    def mean(self, samples: int) -> tuple[float, Tensor]:
+    def mean(self, samples: int, check: bool = True) -> tuple[float, Tensor]:
         """Return (mean loss, its gradient of shape (p,)) over the next `samples` samples, or all there are.
 
+        Args:
+            samples: >= 1.
+            check: refuse a loss or gradient that is not finite; a search for weights would rather see it.
         Raises:
             ValueError: there is no sample, or a loss or gradient is not finite.
         """
@@ -149,7 +152,7 @@ class GradientSource:
         total = torch.zeros(self.width, device=self.device)
         loss_sum, seen = 0.0, 0
         for batch, count in self._take(check_integer("samples", samples, 1)):
-            loss = evaluate(self.step, self.parameters, self.buffers, batch, seen)
+            loss = evaluate(self.step, self.parameters, self.buffers, batch, seen, check)
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
             total.add_(torch.cat([g.flatten() for g in flat]), alpha=count)
@@ -158,7 +161,7 @@ class GradientSource:
             self.objective.advance()
         if not seen:
             raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
-        if not bool(torch.isfinite(total).all()):
+        if check and not bool(torch.isfinite(total).all()):
             raise ValueError("the mean gradient of the calibration samples is not finite. Check loss and data.")
         return loss_sum / seen, total.div_(seen)
 

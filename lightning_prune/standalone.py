@@ -64,8 +64,10 @@ def prune(
         show_progress=False,
     )
     proposal = method.propose(context)
+    repairable = method.prepare_repair(context, proposal)
     manager.set_masks(proposal.masks, proposal.weights)
-    method.repair(context, proposal)
+    if repairable:
+        method.repair(context, proposal)
     event = describe_event(manager, proposal, target, Position(0, 0), time.perf_counter() - started)
     method.history.append(event)
     return fit_receipt(method, module, context.example)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from typing_extensions import override
 
 from lightning_prune.checks import check_bool, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
-from lightning_prune.methods._chita_problem import Quadratic, relative_ridge
+from lightning_prune.methods._chita_problem import Quadratic, keep_largest, relative_ridge
 from lightning_prune.methods._chita_refit import RefitSettings
 from lightning_prune.methods._chita_solver import solve_block
 from lightning_prune.methods._chita_stages import SCHEDULES, Stage, StageSettings, run_stage, stage_sparsities
@@ -52,6 +53,7 @@ def prune_in_stages(
     dtype: torch.dtype = torch.float32,
     gradient_samples: int | None = None,
     refit_samples: int = 1000,
+    on_fallback: Callable[[float], None] = lambda sparsity: None,
 ) -> Iterator[Stage]:
     """Run CHITA++: solve a stage for every sparsity, each around the result of the one before; yield each stage.
 
@@ -66,11 +68,13 @@ def prune_in_stages(
         dtype: storage of the rows.
         gradient_samples: samples of a separate batch for the first-order term; None takes the mean of the rows.
         refit_samples: samples in each gradient of a refit, >= 1.
+        on_fallback: told the sparsity of a stage whose result was worse on held-out calibration samples than plain
+            magnitude pruning, which is then taken instead.
     """
 
     def gradient(at: Tensor) -> tuple[float, Tensor]:
         source.at(at)
-        return source.mean(refit_samples)
+        return source.mean(refit_samples, check=False)
 
     def loss(at: Tensor) -> float:
         source.at(at)
@@ -82,11 +86,20 @@ def prune_in_stages(
         matrix = source.rows(rows, samples_per_row, dtype)
         mean = source.mean(gradient_samples)[1] if gradient_samples and settings.first_order else None
         k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
-        stage = run_stage(
-            weights, k, matrix, samples_per_row, gradient, loss, settings, _or_none(alive), length, mean
-        )  # fmt: skip
+        safe = weights * magnitude_mask(weights, k, alive)
+        stage = run_stage(weights, k, matrix, samples_per_row, gradient, loss, settings, _or_none(alive), length, mean)
+        if not loss(stage.weights) <= loss(safe):
+            # the quadratic does not hold so far out: keep the best weights alone, and refit nothing
+            kept = magnitude_mask(weights, k, alive)
+            stage = replace(stage, weights=safe, support=kept, movement=float((safe - weights).norm()), length=1.0)
+            on_fallback(sparsity)
         yield stage
         weights, length = stage.weights, stage.length
+
+
+def magnitude_mask(weights: Tensor, k: int, alive: Tensor) -> Tensor:
+    """Return the bool mask of the k largest |w| among those alive, shape (p,); of equal ones the lower index stays."""
+    return keep_largest(weights.abs(), k, _or_none(alive))
 
 
 def prune_in_blocks(
@@ -221,7 +234,8 @@ class CHITA(OneShotPruning):
             progress(context, len(sparsities)) as advance,
         ):
             samples_per_row = self._samples_per_row(source)
-            weights, support = self._solve(source, flat, alive, sparsities, samples_per_row, advance)
+            fallbacks: list[float] = []
+            weights, support = self._solve(source, flat, alive, sparsities, samples_per_row, advance, fallbacks)
         sizes = [weight.numel() for weight in context.weights.values()]
         masks, values = {}, {}
         for (name, weight), value, mask in zip(
@@ -232,7 +246,13 @@ class CHITA(OneShotPruning):
             f"{len(sparsities)} stage(s) of {source.rows_given} gradient rows of {samples_per_row} samples; "
             f"{source.samples_used} samples read; kept weights moved by {float((weights - flat)[support].norm()):.4g}."
         )
-        return Proposal(masks, values, [note])
+        notes = [note]
+        if fallbacks:
+            notes.append(
+                f"{len(fallbacks)} stage(s) fell back to magnitude pruning, where the quadratic did worse on held-out samples. "
+                "Use more stages, a larger ridge or fewer refits."
+            )
+        return Proposal(masks, values, notes)
 
     def _nothing_to_remove(self, context: Context) -> bool:
         total = sum(mask.numel() for mask in context.alive.values())
@@ -256,6 +276,7 @@ class CHITA(OneShotPruning):
         sparsities: list[float],
         samples_per_row: int,
         advance: Callable[[], None],
+        fallbacks: list[float],
     ) -> tuple[Tensor, Tensor]:
         dtype = DTYPES[self.grad_dtype]
         if self.algorithm == "block":
@@ -265,7 +286,7 @@ class CHITA(OneShotPruning):
             )  # fmt: skip
         for stage in prune_in_stages(  # noqa: B007 (the last one is the result)
             source, flat, alive, sparsities, self.num_grads, samples_per_row, self.settings, dtype,
-            self.gradient_samples, self.refit_samples,
+            self.gradient_samples, self.refit_samples, fallbacks.append,
         ):  # fmt: skip
             advance()
         return stage.weights, stage.support
