@@ -108,6 +108,11 @@ class PruningCallback(Callback):
         """The sparsity (or budget) this method ends at."""
         return float(getattr(self, "sparsity", 0.0))
 
+    @property
+    def requested(self) -> dict[str, Any]:
+        """What the receipt says was asked: {"sparsity"}, or {"budget", "budget_type"} of what may remain."""
+        return {"sparsity": self.final_target}
+
     @abstractmethod
     def due(self, position: Position) -> float | None:
         """Return the target to prune to now, or None. Asked at the start, after every epoch and every batch."""

@@ -61,7 +61,7 @@ def fit_receipt(
     receipt.method = method.method
     receipt.arguments = arguments_of(method)
     receipt.seed = method.seed
-    receipt.requested = {"sparsity": method.final_target}
+    receipt.requested = method.requested
     receipt.certificate = next((e["certificate"] for e in reversed(method.history) if e["certificate"]), None)
     receipt.repair = "; ".join(dict.fromkeys(text for event in method.history for text in event["repairs"])) or None
     notes = [note for event in method.history for note in event["notes"]] + receipt.notes

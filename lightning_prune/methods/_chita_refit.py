@@ -46,9 +46,9 @@ class RefitSettings:
     """
 
     count: int = 40
-    ridge: float = 1e-3
+    ridge: float = 3e-4
     momentum: float = 0.8
-    length: float = 0.3
+    length: float = 0.8
     final_length: float = 0.5
     average: bool = True
 

@@ -88,7 +88,7 @@ class StageSettings:
     """
 
     ridges: tuple[float, ...] = (1e-4,)
-    metric: float = 0.5
+    metric: float = 0.75
     first_order: bool = True
     algorithm: str = "bso"
     refit: RefitSettings = field(default_factory=RefitSettings)

@@ -139,6 +139,12 @@ class ProsPr(InitialPruning):
         self.trajectory_device = None if trajectory_device is None else str(trajectory_device)
         self.gate = check_choice("gate", gate, GATES)
 
+    @property
+    @override
+    def requested(self) -> dict[str, Any]:
+        """With `structured`, sparsity counts channels: the receipt states it as the share that may remain."""
+        return {"budget": 1.0 - self.sparsity, "budget_type": "channels"} if self.structured else super().requested
+
     @override
     def propose(self, context: Context) -> Proposal:
         """Keep the largest |w * meta-gradient|, in as many rounds as asked."""
