@@ -60,9 +60,7 @@ def refit_batch_norm(
                 run(module, batch)
                 used += 1
         if not used:
-            raise ValueError(
-                "BatchNorm statistics cannot be refitted without a batch. Give a dataloader, or refit_bn=False."
-            )
+            raise ValueError("`batches` must hold at least one batch, got none. Give a dataloader, or refit_bn=False.")
         done = True
     finally:
         for norm, momentum, old in saved:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import sys
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from lightning_prune import _receipt_views as views
 from lightning_prune._receipt_checks import COSTS, checked, finite, plain
 from lightning_prune._receipt_views import expected_kept
+from lightning_prune.files import replacing
 
 __all__ = ["Receipt", "expected_kept", "honest_notes", "layer_counts", "reached_counts", "versions"]
 
@@ -73,9 +73,7 @@ def layer_counts(masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
-            raise ValueError(
-                f"`masks` must be bool tensors, got {mask.dtype} for {name!r}. Use `mask.bool()`."
-            )
+            raise ValueError(f"`masks` must be bool tensors, got {mask.dtype} for {name!r}. Use `mask.bool()`.")
     return [
         {"name": name, "shape": list(mask.shape), "kept": int(mask.sum()), "total": mask.numel()}
         for name, mask in masks.items()
@@ -182,9 +180,7 @@ class Receipt:
             ValueError: if a key is unknown or missing, or a value breaks the rules of the class.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(
-                f"`values` must be a mapping, got {type(values).__name__}. Give a receipt's dictionary."
-            )
+            raise ValueError(f"`values` must be a mapping, got {type(values).__name__}. Give a receipt's dictionary.")
         known = [item.name for item in fields(cls)]
         unknown, missing = (
             sorted(map(str, set(values) - set(known))),
@@ -233,7 +229,8 @@ class Receipt:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write_atomically(target / name, content)
+            with replacing(target / name) as temporary:
+                temporary.write_bytes(content)
         if image is None:
             (target / "receipt.png").unlink(missing_ok=True)
         return [target / name for name in contents]
@@ -284,14 +281,3 @@ def honest_notes(receipt: Receipt, reason: str = "") -> list[str]:
         Sentences, none twice.
     """
     return views.honest_sentences(receipt, reason)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, then move into place: a reader sees the old file or the new one."""
-    # uuid4 draws from the operating system, so the run's random generators stay untouched
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_prune.batch_norm import batch_norms, refit_batch_norm
 from lightning_prune.checks import check_integer, check_positive
 from lightning_prune.sandbox import untouched
 from lightning_prune.targets import canonical_name
@@ -104,29 +105,23 @@ def reestimate_batch_norm(
         ValueError: there is no batch, or one does not fit; the statistics are as they were then.
     """
     check_integer("max_samples", max_samples, 1)
-    norms: dict[str, Any] = {canonical_name(n): m for n, m in module.named_modules() if _has_statistics(m)}
-    if not norms:
-        return RepairReport()
-    saved = [{key: value.clone() for key, value in norm.state_dict().items()} for norm in norms.values()]
+    found = {id(norm) for norm in batch_norms(module)}
+    names = [canonical_name(name) for name, child in module.named_modules() if id(child) in found]
     samples = 0
+
+    def limited() -> Iterator[Any]:
+        nonlocal samples
+        for batch in batches:
+            yield batch
+            samples += batch_size(batch)
+            if samples >= max_samples:
+                return
+
     try:
-        with _estimating(module, list(norms.values())), torch.no_grad():
-            for batch in batches:
-                (run or run_batch)(module, batch)
-                samples += batch_size(batch)
-                if samples >= max_samples:
-                    break
-        if not samples:
-            raise ValueError("`batches` must hold at least one batch, got none.")
+        refit_batch_norm(module, run or run_batch, limited())
     except Exception as error:
-        for norm, state in zip(norms.values(), saved, strict=True):
-            norm.load_state_dict(state)
-        raise ValueError(
-            f"BatchNorm could not be re-estimated: {error} The statistics are as they were."
-        ) from error
-    for norm, state in zip(norms.values(), saved, strict=True):
-        norm.num_batches_tracked.copy_(state["num_batches_tracked"])
-    return RepairReport(batch_norm=list(norms), samples=samples)
+        raise ValueError(f"BatchNorm could not be re-estimated: {error} The statistics are as they were.") from error
+    return RepairReport(batch_norm=names, samples=samples)
 
 
 def refit_consumers(
@@ -155,9 +150,7 @@ def refit_consumers(
         raise ValueError("`batches` must hold at least one batch, got none.")
     report = RepairReport()
     pairs = _consumers(module, dense)
-    order = _call_order(
-        dense, {name: teacher for name, (_, teacher) in pairs.items()}, batches[0], run or run_batch
-    )
+    order = _call_order(dense, {name: teacher for name, (_, teacher) in pairs.items()}, batches[0], run or run_batch)
     for name in order:
         layer, teacher = pairs[name]
         why = _why_not(layer, len(batches))
@@ -191,18 +184,14 @@ def batch_size(batch: Any) -> int:
     """Return the first dimension of the first tensor in a batch, at least 1."""
     if isinstance(batch, Tensor):
         return int(batch.shape[0]) if batch.dim() else 1
-    items = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    )
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     return next((batch_size(item) for item in items), 1)
 
 
 def _overrides(module: nn.Module, name: str) -> bool:
     """Whether a LightningModule has its own step; the base class's does nothing."""
     method = getattr(type(module), name, None)
-    return method is not None and not getattr(method, "__module__", "").startswith(
-        ("lightning.", "pytorch_lightning.")
-    )
+    return method is not None and not getattr(method, "__module__", "").startswith(("lightning.", "pytorch_lightning."))
 
 
 def _takes(module: nn.Module, arguments: Sequence[Any]) -> bool:
@@ -212,29 +201,6 @@ def _takes(module: nn.Module, arguments: Sequence[Any]) -> bool:
         return False
     parameters = inspect.signature(module.forward).parameters.values()
     return not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters) or len(arguments) == 1
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-
-
-@contextmanager
-def _estimating(module: nn.Module, norms: Sequence[Any]) -> Iterator[None]:
-    """BatchNorm alone in train mode, averaging over batches; flags and momenta come back."""
-    flags = {child: child.training for child in module.modules()}
-    momenta = [norm.momentum for norm in norms]
-    module.eval()
-    for norm in norms:
-        norm.train()
-        norm.reset_running_stats()
-        norm.momentum = None
-    try:
-        yield
-    finally:
-        for child, flag in flags.items():
-            child.training = flag
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 def _consumers(module: nn.Module, dense: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -248,9 +214,7 @@ def _consumers(module: nn.Module, dense: nn.Module) -> dict[str, tuple[Any, Any]
             continue
         twin = twins.get(name)
         if twin is None or twin.weight.shape != layer.weight.shape:
-            raise ValueError(
-                f"`dense` must be the module before pruning, got no layer {name!r} of the same shape."
-            )
+            raise ValueError(f"`dense` must be the module before pruning, got no layer {name!r} of the same shape.")
         if not bool(_kept_inputs(layer).all()) and bool((_kept_inputs(twin) & ~_kept_inputs(layer)).any()):
             found[name] = (layer, twin)
     return found
@@ -259,8 +223,7 @@ def _consumers(module: nn.Module, dense: nn.Module) -> dict[str, tuple[Any, Any]
 def _call_order(dense: nn.Module, layers: Mapping[str, nn.Module], batch: Any, run: Run) -> list[str]:
     order: dict[str, None] = {}
     handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)) for name, layer in layers.items()
     ]
     try:
         with _quietly(dense):

@@ -69,7 +69,7 @@ def test_without_batch_norm_nothing_is_run() -> None:
 def test_no_batch_is_refused_and_changes_nothing() -> None:
     module = net()
     module[1].running_var.fill_(2.0)
-    with pytest.raises(ValueError, match="without a batch"):
+    with pytest.raises(ValueError, match="must hold at least one batch"):
         refit_batch_norm(module, forward, [])
     assert bool((module[1].running_var == 2).all())
 
