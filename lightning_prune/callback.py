@@ -138,6 +138,7 @@ class PruningCallback(Callback):
         self._bound: weakref.ref[nn.Module] | None = None
         self._fitting: weakref.ref[nn.Module] | None = None
         self._primary: bool = getattr(self, "_primary", True)
+        self._started = False
         self._recorder = ForwardRecorder()
         self.receipt = None
 
@@ -153,6 +154,7 @@ class PruningCallback(Callback):
             return
         check_strategy(trainer)
         self._fitting = weakref.ref(pl_module)
+        self._started = False
         self._primary = next(c for c in trainer.callbacks if isinstance(c, PruningCallback)) is self
         if self._primary:
             MaskManager.of(pl_module).detach()
@@ -204,6 +206,7 @@ class PruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = True
         check_optimizers(trainer.optimizers)
         targets = select(pl_module, self.include, self.exclude)
         self._check_module(pl_module, targets)
@@ -258,6 +261,11 @@ class PruningCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            if not self._started and not self.finished:
+                rank_zero_warn(
+                    f"{self.method}: the fit had no training batch, so nothing was pruned. "
+                    "Prune without training by lightning_prune.prune(module, method)."
+                )
             self._release(pl_module)
 
     # how they are served

@@ -172,3 +172,10 @@ def test_a_pruned_model_dies_when_it_is_dropped() -> None:
     del module
     gc.collect()
     assert [reference() for reference in memory] == [None] * len(memory)
+
+
+def test_a_fit_without_batches_says_that_nothing_was_pruned() -> None:
+    module = toy()
+    with pytest.warns(UserWarning, match="had no training batch, so nothing was pruned"):
+        fit(module, Magnitude(0.5, measure=False), max_epochs=0)
+    assert not MaskManager.of(module).masks
