@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,8 +152,22 @@ class Quadratic:
 
     def among(self, alive: Tensor) -> Quadratic:
         """Return the same problem with other weights alive, without checking A again."""
+        return self._with(alive=alive)
+
+    def repair(self) -> Quadratic:
+        """Return the same problem without its first-order term, without checking A again."""
+        return self._with(step=0.0)
+
+    def damped(self, ridge: float, step: float) -> Quadratic:
+        """Return the same rows with another ridge and the row mean as first-order term, without checking A again."""
+        return self._with(ridge=ridge, step=step, gradient=None)
+
+    def _with(self, **changes: Any) -> Quadratic:
         other = copy(self)
-        object.__setattr__(other, "alive", alive)
+        for name in ("shift", "linear"):
+            other.__dict__.pop(name, None)  # cached from the fields that change
+        for name, value in changes.items():
+            object.__setattr__(other, name, value)
         return other
 
     def column_chunks(self) -> Iterator[tuple[int, Tensor]]:

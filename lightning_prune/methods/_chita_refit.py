@@ -133,7 +133,7 @@ def refit(
         settings: how many steps, and how.
         guess: step length from which the line search starts, > 0; the length of the last stage saves evaluations.
     """
-    safe, best, running = weights, math.inf, math.nan
+    safe, best, running, half = weights, math.inf, math.nan, settings.count // 2
     velocity, mean, troubles, length = torch.zeros_like(weights), torch.zeros_like(weights), 0, guess
     for done in range(settings.count):
         value, slope = gradient(weights)
@@ -151,8 +151,8 @@ def refit(
             now = length * (1 + (settings.final_length - 1) * done / settings.count)
             velocity = settings.momentum * velocity + now * direction
             weights = weights + velocity
-        if 2 * done >= settings.count:
-            mean += (weights - mean) / (done - (settings.count + 1) // 2 + 1)
+        if done >= half:
+            mean += (weights - mean) / (done - half + 1)
     return Refitted(mean if settings.average and settings.count else weights, guess, troubles)
 
 

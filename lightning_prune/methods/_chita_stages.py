@@ -10,8 +10,9 @@ of the support nor the ridge depends on the scale of a layer; and it may refit t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ class StageSettings:
         first_order: whether the stage also steps along the gradient, not only repairs what it prunes.
         algorithm: "bso" (one exact solve) or "iht" (hard thresholding and swaps first).
         refit: steps along fresh gradients after the solve.
+        shares: shares of the first-order step to try, each in [0, 1].
     """
 
     ridges: tuple[float, ...] = (1e-4,)
@@ -92,6 +94,7 @@ class StageSettings:
     first_order: bool = True
     algorithm: str = "bso"
     refit: RefitSettings = field(default_factory=RefitSettings)
+    shares: tuple[float, ...] = (1.0, 0.25, 0.0)
 
     def __post_init__(self) -> None:
         if not self.ridges:
@@ -100,6 +103,10 @@ class StageSettings:
             )
         for ridge in self.ridges:
             check_positive("ridges", ridge)
+        if not self.shares or not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError(
+                f"`shares` must hold values in [0, 1], got {self.shares}. (1.0,) takes the whole step."
+            )
         if not 0 <= self.metric <= 1:
             raise ValueError(
                 f"`metric` must be in [0, 1], got {self.metric}. 0 leaves weights in their own units."
@@ -115,7 +122,8 @@ class Stage:
         weights: shape (p,), 0 outside the support.
         support: bool of shape (p,), exactly the number asked for.
         ridge: the ridge taken, in units of the mean squared row norm.
-        solved_loss: calibration loss after the exact solve; nan if it was not needed.
+        share: the share of the first-order step taken; 0 without one.
+        solved_loss: calibration loss after the exact solve; nan if there was nothing to choose.
         movement: |w - w_bar|.
         returned: kept weights that were 0 before.
         length: step length of the refits' line search, the guess for the next stage.
@@ -125,6 +133,7 @@ class Stage:
     weights: Tensor
     support: Tensor
     ridge: float
+    share: float
     solved_loss: float
     movement: float
     returned: int
@@ -202,16 +211,17 @@ def run_stage(
     problem = Quadratic(rows, center, settings.ridges[0] * unit, used, mean_gradient if used else None, alive)
     check_count(problem, k)
     system = _choose(problem, k, settings.algorithm)
-    ridge, solved, value = _best_ridge(problem, system, settings.ridges, unit, scale, loss)
-    fitted = Refitted(solved, guess, 0)
+    solved = _best_solution(problem, system, settings, unit, scale, loss)
+    fitted = Refitted(solved.weights, guess, 0)
     if settings.refit.count and k:
-        metric = Metric(replace(problem, ridge=settings.refit.ridge * unit, step=step, gradient=None), system)
-        fitted = refit(solved, _scaled(metric, scale), gradient, loss, settings.refit, guess)
+        metric = Metric(problem.damped(settings.refit.ridge * unit, step), system)
+        fitted = refit(solved.weights, _scaled(metric, scale), gradient, loss, settings.refit, guess)
     returned = int((system.support & (weights == 0)).sum())
     movement = float((fitted.weights - weights).norm())
     return Stage(
-        fitted.weights, system.support, ridge, value, movement, returned, fitted.length, fitted.troubles
-    )
+        fitted.weights, system.support, solved.ridge, solved.share, solved.loss, movement, returned,
+        fitted.length, fitted.troubles,
+    )  # fmt: skip
 
 
 def gradient_scale(rows: Tensor, power: float) -> Tensor | None:
@@ -239,22 +249,46 @@ def _choose(problem: Quadratic, k: int, algorithm: str) -> SupportSystem:
     return support_system(problem, stepped_support(problem, magnitude_support(problem, k), k))
 
 
-def _best_ridge(
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    weights: Tensor
+    ridge: float
+    share: float
+    loss: float
+
+
+def _best_solution(
     problem: Quadratic,
     system: SupportSystem,
-    ridges: Sequence[float],
+    settings: StageSettings,
     unit: float,
     scale: Tensor | None,
     loss: Loss,
-) -> tuple[float, Tensor, float]:
-    """(ridge, weights, calibration loss) of the ridge with the lowest loss; a single ridge is not evaluated."""
-    solved = solve_system(problem, system, [ridge * unit for ridge in ridges])
-    solved = solved if scale is None else solved / scale
-    if len(ridges) == 1:
-        return ridges[0], solved[0], float("nan")
-    losses = torch.tensor([loss(weights) for weights in solved]).nan_to_num(nan=torch.inf)
-    best = int(losses.argmin())
-    return ridges[best], solved[best], float(losses[best])
+) -> _Candidate:
+    """The exact solution with the lowest calibration loss over ridges and shares of the first-order step.
+
+    The solution is affine in the first-order term, so that two solves give every share.
+    """
+    ridges = [ridge * unit for ridge in settings.ridges]
+    whole = solve_system(problem, system, ridges)
+    shares = settings.shares if problem.first_order else (0.0,)
+    repaired = (
+        whole
+        if set(shares) <= {1.0} or not problem.first_order
+        else solve_system(problem.repair(), system, ridges)
+    )
+    best = None
+    for ridge, full, base in zip(settings.ridges, whole, repaired, strict=True):
+        for share in shares:
+            weights = base + share * (full - base) if full is not base else full
+            weights = weights if scale is None else weights / scale
+            if len(ridges) == len(shares) == 1:
+                return _Candidate(weights, ridge, share, math.nan)
+            value = loss(weights)
+            if best is None or value < best.loss or math.isnan(best.loss):
+                best = _Candidate(weights, ridge, share, value)
+    assert best is not None
+    return best
 
 
 def _scaled(metric: Metric, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
