@@ -375,7 +375,7 @@ class PruningCallback(Callback):
         if event["emptied"]:
             rank_zero_warn(
                 f"{self.method} left no weight in {', '.join(event['emptied'])}: nothing passes through a layer that is "
-                "all zero. Set `layer_floor` (or lower the sparsity) to keep a part of every layer."
+                "all zero. Keep a part of every layer (`layer_floor`, `min_keep_per_layer`) or lower the sparsity."
             )
         log_event(trainer, {"prune/sparsity": event["sparsity"], "prune/n_active": float(event["kept"])})
 
