@@ -75,9 +75,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     for sparsity in (0.5, 0.7, 0.8, 0.9):
         columns = zip(*(accuracies(dense, data, sparsity) for dense in networks), strict=True)
-        cells = [
-            f"{100 * statistics.mean(c):.1f} ({100 * min(c):.1f} to {100 * max(c):.1f})" for c in columns
-        ]
+        cells = [f"{100 * statistics.mean(c):.1f} ({100 * min(c):.1f} to {100 * max(c):.1f})" for c in columns]
         table.add_row(f"{sparsity:g}", *cells)
     Console(width=120).print(table)
 

@@ -29,9 +29,7 @@ class DigitsWithReconstruction(LightningModule):
     def __init__(self, learning_rate: float = 2e-3, reconstruction_weight: float = 0.3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.example_input_array = torch.zeros(
-            2, 1, 8, 8
-        )  # one forward call, for the receipt's FLOPs and milliseconds
+        self.example_input_array = torch.zeros(2, 1, 8, 8)  # one forward call, for the receipt's FLOPs and milliseconds
         self.encoder = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
@@ -84,9 +82,7 @@ def train(epochs: int, seed: int, extra: list[Callback]) -> tuple[DigitsWithReco
 def main() -> None:
     """Train dense and pruned, and print both side by side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--sparsity", type=float, default=0.9, help="pruned fraction of the weights, in [0, 1)"
-    )
+    parser.add_argument("--sparsity", type=float, default=0.9, help="pruned fraction of the weights, in [0, 1)")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

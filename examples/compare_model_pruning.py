@@ -89,9 +89,7 @@ class Watch(Callback):
         self.keys, self.foreign = keys, 0
         self.by_epoch: list[float] = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.is_last_batch:
             self.by_epoch.append(sparsity(pl_module))
             self.foreign = max(self.foreign, len(pl_module.state_dict().keys() - self.keys))
@@ -137,8 +135,7 @@ def resume(make: Make, path: Path, keys: set[str], whole: LightningModule) -> di
             equal: "no",
         }
     same = all(
-        torch.equal(a, b)
-        for a, b in zip(module.state_dict().values(), whole.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), whole.state_dict().values(), strict=True)
     )
     return {
         in_words: ", ".join(f"{s:.4g}" for s in watch.by_epoch),
@@ -172,9 +169,7 @@ def went_back(module: nn.Module, start: list[Tensor]) -> str:
     """Say whether the kept weights are trained ones or those from before the training."""
     pairs = [(layer.weight.detach(), first) for layer, first in zip(layers(module), start, strict=True)]
     return (
-        "the initial ones"
-        if all(torch.equal(w[w != 0], first[w != 0]) for w, first in pairs)
-        else "the trained ones"
+        "the initial ones" if all(torch.equal(w[w != 0], first[w != 0]) for w, first in pairs) else "the trained ones"
     )
 
 
@@ -284,9 +279,7 @@ def main() -> None:
     if not given.only_cost:
         show(f"asked: {AMOUNT} of the weights, after the first of {EPOCHS} epochs", *lives(), given.markdown)
     if not given.no_cost:
-        title = (
-            f"CPU time of a training step / of a dense step (sparsity 0.9, {given.rounds} rounds, 1 thread)"
-        )
+        title = f"CPU time of a training step / of a dense step (sparsity 0.9, {given.rounds} rounds, 1 thread)"
         show(title, *step_costs(given.rounds), given.markdown)
 
 

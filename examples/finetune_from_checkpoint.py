@@ -61,16 +61,12 @@ class RowTransformer(LightningModule):
 def make_trainer(epochs: int, folder: Path, *callbacks: Callback) -> Trainer:
     """Return a quiet CPU Trainer."""
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(
-        max_epochs=epochs, accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **quiet
-    )
+    return Trainer(max_epochs=epochs, accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **quiet)
 
 
 def train_dense(data: Digits, epochs: int, folder: Path) -> Path:
     """Train from scratch and return the checkpoint with the best validation accuracy."""
-    best = ModelCheckpoint(
-        folder, filename="dense", monitor="val_accuracy", mode="max", enable_version_counter=False
-    )
+    best = ModelCheckpoint(folder, filename="dense", monitor="val_accuracy", mode="max", enable_version_counter=False)
     make_trainer(epochs, folder, best).fit(RowTransformer(), datamodule=data)
     return Path(best.best_model_path)
 
@@ -85,12 +81,8 @@ def main() -> None:
     """Dense checkpoint -> pruned and fine-tuned checkpoint -> dense class."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="a trained RowTransformer; without it one is trained")
-    parser.add_argument(
-        "--sparsity", type=float, default=0.8, help="pruned fraction of the weights, in [0, 1)"
-    )
-    parser.add_argument(
-        "--dense-epochs", type=int, default=12, help="of dense training, without --checkpoint"
-    )
+    parser.add_argument("--sparsity", type=float, default=0.8, help="pruned fraction of the weights, in [0, 1)")
+    parser.add_argument("--dense-epochs", type=int, default=12, help="of dense training, without --checkpoint")
     parser.add_argument("--epochs", type=int, default=6, help="of fine-tuning")
     parser.add_argument("--folder", type=Path, default=Path("outputs/finetune"))
     given = parser.parse_args()
@@ -110,9 +102,7 @@ def main() -> None:
     trainer.save_checkpoint(given.folder / "pruned.ckpt")
     MaskManager.of(dense).save(given.folder / "masks.safetensors")
 
-    read_back = RowTransformer.load_from_checkpoint(
-        given.folder / "pruned.ckpt"
-    )  # strict, and without a callback
+    read_back = RowTransformer.load_from_checkpoint(given.folder / "pruned.ckpt")  # strict, and without a callback
     accuracies["pruned checkpoint, read back"] = accuracy_of(read_back, data, given.folder)
 
     table = Table(title=f"{given.folder / 'pruned.ckpt'}")

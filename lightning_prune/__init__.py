@@ -60,9 +60,7 @@ def _alias_source_configs() -> None:
     name = f"{__name__}.conf"
     if (package / "conf").is_dir() or not source.exists() or name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(
-        name, source, submodule_search_locations=[str(source.parent)]
-    )
+    spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(source.parent)])
     if spec is None or spec.loader is None:
         return
     module = importlib.util.module_from_spec(spec)

@@ -83,9 +83,7 @@ def _complete(name: str, value: dict[str, Any], keys: tuple[str, ...]) -> dict[s
     """Return the mapping with exactly these keys, None where one was missing."""
     unknown = sorted(set(value) - set(keys))
     if unknown:
-        raise ValueError(
-            f"`{name}` must hold no key but {', '.join(keys)}, got {unknown}. Say the rest in `notes`."
-        )
+        raise ValueError(f"`{name}` must hold no key but {', '.join(keys)}, got {unknown}. Say the rest in `notes`.")
     return {key: value.get(key) for key in keys}
 
 
@@ -98,9 +96,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_timing(value: Any) -> bool:
-    times: list[Any] = (
-        [value.get(name) for name in ("low", "median", "high")] if isinstance(value, dict) else []
-    )
+    times: list[Any] = [value.get(name) for name in ("low", "median", "high")] if isinstance(value, dict) else []
     return len(times) == 3 and all(map(_is_number, times)) and times[0] <= times[1] <= times[2]
 
 
@@ -116,15 +112,11 @@ def _check_reached(reached: dict[str, Any]) -> None:
     _check_kept("reached", kept, total)
     true = (total - kept) / total if total else 0.0
     if not _is_number(sparsity) or not abs(sparsity - true) <= 1e-9:
-        raise ValueError(
-            f"`reached.sparsity` must be (total - kept) / total = {true}, got {sparsity!r}. Recompute it."
-        )
+        raise ValueError(f"`reached.sparsity` must be (total - kept) / total = {true}, got {sparsity!r}. Recompute it.")
     for name in COSTS:
         cost = reached[name]
         if cost is not None and not (
-            isinstance(cost, dict)
-            and set(cost) == {"dense", "pruned"}
-            and all(map(_is_number, cost.values()))
+            isinstance(cost, dict) and set(cost) == {"dense", "pruned"} and all(map(_is_number, cost.values()))
         ):
             raise ValueError(
                 f"`reached.{name}` must be {{dense, pruned}} as numbers or None, got {cost!r}. Count both."
@@ -143,14 +135,10 @@ def _check_layers(layers: list[Any]) -> None:
 def _check_measures(values: dict[str, Any]) -> None:
     for key, value in values["accuracy"].items():
         if value is not None and not _is_number(value):
-            raise ValueError(
-                f"`accuracy.{key}` must be a number or None, got {value!r}. Give `float(metric)`."
-            )
+            raise ValueError(f"`accuracy.{key}` must be a number or None, got {value!r}. Give `float(metric)`.")
     for key, value in values["bytes"].items():
         if value is not None and not _is_count(value):
-            raise ValueError(
-                f"`bytes.{key}` must be an int >= 0 or None, got {value!r}. Give the size of the file."
-            )
+            raise ValueError(f"`bytes.{key}` must be an int >= 0 or None, got {value!r}. Give the size of the file.")
     for key, value in values["milliseconds"].items():
         if value is not None and not _is_timing(value):
             raise ValueError(

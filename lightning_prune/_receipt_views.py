@@ -274,9 +274,7 @@ def png(receipt: Receipt) -> bytes | None:
 def layer_bars(layers: list[dict[str, Any]]) -> list[Bar]:
     """Return a bar per layer; beyond 60 layers the smallest share the last bar."""
     names = _short_names([layer["name"] for layer in layers])
-    bars = [
-        _layer_bar(name, layer["kept"], layer["total"]) for name, layer in zip(names, layers, strict=True)
-    ]
+    bars = [_layer_bar(name, layer["kept"], layer["total"]) for name, layer in zip(names, layers, strict=True)]
     if len(layers) <= _MAX_BARS:
         return bars
     by_size = sorted(range(len(layers)), key=lambda index: -layers[index]["total"])

@@ -152,9 +152,7 @@ class _Route:
         self._accept(taken, members)
 
     def _accept(self, recipes: Mapping[str, Recipe], members: Mapping[str, list[ChannelGroup]]) -> None:
-        self.found.recipes = {
-            path: {**recipe, "alone": path in self.alone} for path, recipe in recipes.items()
-        }
+        self.found.recipes = {path: {**recipe, "alone": path in self.alone} for path, recipe in recipes.items()}
         self.found.accepted = [group for path in recipes for group in members[path]]
 
     def _fault(self, recipes: Mapping[str, Recipe], members: Mapping[str, list[ChannelGroup]]) -> str:

@@ -24,9 +24,7 @@ from lightning_prune._dependency.walk import Walk, tensors_by_name
 from lightning_prune._shrink_modules import refresh
 from lightning_prune._shrink_program import Rewriter
 
-Recipe = dict[
-    str, Any
-]  # {"input": described call, "kept": {tensor: {dim: positions}}, "shapes": {tensor: shape}}
+Recipe = dict[str, Any]  # {"input": described call, "kept": {tensor: {dim: positions}}, "shapes": {tensor: shape}}
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                                torch.bool, torch.uint8)}  # fmt: skip
 
@@ -46,9 +44,7 @@ class GraphModule(nn.Module):
                 f"{spec}, got {_spec_of(args, kwargs)}."
             )
         held = tensors_by_name(self)
-        values = [
-            held[name] if name is not None else flat[place] for name, place in zip(names, places, strict=True)
-        ]
+        values = [held[name] if name is not None else flat[place] for name, place in zip(names, places, strict=True)]
         outputs = graph(*values)
         return pytree.tree_unflatten(list(outputs)[hidden:], out_spec)
 
@@ -232,9 +228,7 @@ def _is_guard(node: fx.Node) -> bool:
 def _cut(inner: nn.Module, kept: Mapping[str, Any]) -> None:
     tensors = tensors_by_name(inner)
     before: dict[nn.Module, dict[str, tuple[int, ...]]] = {}
-    owners = {
-        id(t): (child, n) for child in inner.modules() for n, t in child.named_parameters(recurse=False)
-    }
+    owners = {id(t): (child, n) for child in inner.modules() for n, t in child.named_parameters(recurse=False)}
     for name, dims in kept.items():
         tensor = tensors[name]
         if id(tensor) in owners:
@@ -249,7 +243,5 @@ def _cut(inner: nn.Module, kept: Mapping[str, Any]) -> None:
 def narrowed(tensor: Tensor, dims: Mapping[Any, Sequence[int]]) -> Tensor:
     """Return the kept positions of a tensor along some dims."""
     for dim, positions in dims.items():
-        tensor = tensor.index_select(
-            int(dim), torch.as_tensor(np.asarray(positions, np.int64), device=tensor.device)
-        )
+        tensor = tensor.index_select(int(dim), torch.as_tensor(np.asarray(positions, np.int64), device=tensor.device))
     return tensor.clone(memory_format=torch.preserve_format)

@@ -80,9 +80,7 @@ def _attention(module: nn.MultiheadAttention, before: _Shapes) -> None:
     if name is None:
         return
     module.num_heads = module.num_heads * getattr(module, name).shape[0] // before[name][0]
-    module._qkv_same_embed_dim = (
-        False  # keeps encoder layers off their fused kernel, which knows one width only
-    )
+    module._qkv_same_embed_dim = False  # keeps encoder layers off their fused kernel, which knows one width only
     if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
         module.__class__ = NarrowMultiheadAttention
 
@@ -135,9 +133,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         streams = [t if batched else t.unsqueeze(batch_axis) for t in (query, key, value)]
         streams = [t if self.batch_first else t.transpose(0, 1) for t in streams]
         q, k, v = self._heads(streams)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + self._bias(
-            q, attn_mask, key_padding_mask
-        )
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + self._bias(q, attn_mask, key_padding_mask)
         weights = scores.softmax(-1)
         mixed = F.dropout(weights, self.dropout, self.training) @ v
         output = self.out_proj(mixed.transpose(1, 2).flatten(2))

@@ -126,23 +126,16 @@ class CutPlan:
         try:
             values = json.loads(text)
             if values["version"] > VERSION:
-                raise ValueError(
-                    f"the plan has version {values['version']}, this package reads up to {VERSION}."
-                )
+                raise ValueError(f"the plan has version {values['version']}, this package reads up to {VERSION}.")
             return cls(
                 {name: tuple(shape) for name, shape in values["shapes"].items()},
                 {n: {int(dim): list(at) for dim, at in dims.items()} for n, dims in values["kept"].items()},
-                [
-                    AttributeEdit(p, n, tuple((int(a), int(b)) for a, b in pairs))
-                    for p, n, pairs in values["edits"]
-                ],
+                [AttributeEdit(p, n, tuple((int(a), int(b)) for a, b in pairs)) for p, n, pairs in values["edits"]],
                 {name: (int(before), int(after)) for name, (before, after) in values["units"].items()},
                 dict(values["replaced"]),
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"the text must be a cut plan, got {text[:40]!r} ({type(error).__name__})."
-            ) from error
+            raise ValueError(f"the text must be a cut plan, got {text[:40]!r} ({type(error).__name__}).") from error
 
     def _cut(self, module: nn.Module, prefix: str) -> None:
         """Cut the tensors below `prefix`; `module` is the sub-module there."""
@@ -190,10 +183,7 @@ def plan_for(
         for (name, dim), positions in group.slices.items():
             dropped.setdefault(name, {}).setdefault(dim, []).append(positions[gone].ravel())
     kept = {
-        name: {
-            dim: np.setdiff1d(np.arange(shapes[name][dim]), np.concatenate(at)).tolist()
-            for dim, at in dims.items()
-        }
+        name: {dim: np.setdiff1d(np.arange(shapes[name][dim]), np.concatenate(at)).tolist() for dim, at in dims.items()}
         for name, dims in dropped.items()
     }
     return CutPlan({name: tuple(shapes[name]) for name in kept}, kept, list(edits), units)

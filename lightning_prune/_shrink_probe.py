@@ -83,9 +83,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     """Move to a generic point: normal / sqrt(fan-in) for matrices, uniform(0.5, 1.5) for vectors and statistics."""
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
-    statistics = [
-        b for n, b in module.named_buffers() if n.rsplit(".", 1)[-1] in ("running_mean", "running_var")
-    ]
+    statistics = [b for n, b in module.named_buffers() if n.rsplit(".", 1)[-1] in ("running_mean", "running_var")]
     for tensor in (*module.parameters(), *statistics):
         if id(tensor) in done or not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -122,8 +120,7 @@ def run(module: nn.Module, calls: Sequence[Call], grad: bool = False, seed: int 
 def attributes_kept(module: nn.Module) -> Iterator[None]:
     """Undo what a forward pass stores in attributes: a cached tensor would be stale after a cut."""
     saved = [
-        (child, {name: _shallow(name, value) for name, value in vars(child).items()})
-        for child in module.modules()
+        (child, {name: _shallow(name, value) for name, value in vars(child).items()}) for child in module.modules()
     ]
     try:
         yield
@@ -156,9 +153,7 @@ def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def masked(
-    module: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, prefix: str = ""
-) -> Iterator[None]:
+def masked(module: nn.Module, groups: Sequence[ChannelGroup], removed: Removed, prefix: str = "") -> Iterator[None]:
     """Zero the consumer slabs of removed units inside the block, and put the values back."""
     tensors = tensors_by_name(module)
     saved: dict[str, Tensor] = {}
@@ -194,9 +189,7 @@ def sensitivities(probe: Probe, groups: Sequence[ChannelGroup], removed: Removed
     for name in wanted:
         tensors[name].requires_grad_(True)
     try:
-        outputs = [
-            t for t in run(probe.module, probe.calls, grad=True) if t.is_floating_point() and t.requires_grad
-        ]
+        outputs = [t for t in run(probe.module, probe.calls, grad=True) if t.is_floating_point() and t.requires_grad]
         generator = torch.Generator().manual_seed(1)
         total = sum(_projection(t, generator) for t in outputs)
         inputs = [tensors[name] for name in wanted]

@@ -28,9 +28,7 @@ class Rewriter:
         removed: roots of the removed units.
     """
 
-    def __init__(
-        self, walk: Walk, graph: Graph, values: Mapping[fx.Node, Any], removed: Sequence[int]
-    ) -> None:
+    def __init__(self, walk: Walk, graph: Graph, values: Mapping[fx.Node, Any], removed: Sequence[int]) -> None:
         self.walk, self.graph, self.values = walk, graph, values
         self.removed = np.asarray(sorted(removed))
 
@@ -86,9 +84,7 @@ def _sizes(r: Rewriter, step: Step, args: list[Any], result: list[LabelledTensor
 def _unflatten(r: Rewriter, step: Step, args: list[Any], result: list[LabelledTensor]) -> list[Any]:
     dim, new = args[1] % len(r.first(step)), r.sizes(result[0])
     fresh = new[dim : dim + len(args[2])]
-    args[2] = [
-        old if not isinstance(old, int) or old == -1 else n for old, n in zip(args[2], fresh, strict=True)
-    ]
+    args[2] = [old if not isinstance(old, int) or old == -1 else n for old, n in zip(args[2], fresh, strict=True)]
     return args
 
 

@@ -163,9 +163,7 @@ class Search:
         )
         every = frozenset(names)
         combinations = [*(every - one for one in ones), *ones, *twos, *(every - two for two in twos)]
-        yield from itertools.islice(
-            (c for c in dict.fromkeys(combinations) if c not in (_NONE, every)), _TRIALS
-        )
+        yield from itertools.islice((c for c in dict.fromkeys(combinations) if c not in (_NONE, every)), _TRIALS)
 
     def _names(self, group: ChannelGroup) -> list[tuple[str, str]]:
         reach = self.reach[group.name]

@@ -38,9 +38,7 @@ def _batch_fault(
     if expected is None:
         return ""  # the module itself takes no such batch
     error = difference(expected, run(cut, calls))
-    return (
-        "" if error <= probe.tolerance else f"at twice the batch the cut differs from the mask by {error:.1e}"
-    )
+    return "" if error <= probe.tolerance else f"at twice the batch the cut differs from the mask by {error:.1e}"
 
 
 def _train_fault(probe: Probe, cut: nn.Module, groups: Sequence[ChannelGroup], removed: Removed) -> str:

@@ -115,21 +115,15 @@ class CostModel:
             counts = self.dense
             for name, count in kept.items():
                 if name not in names:
-                    raise ValueError(
-                        f"`kept` must name groups ({', '.join(list(names)[:20])}), got {name!r}."
-                    )
+                    raise ValueError(f"`kept` must name groups ({', '.join(list(names)[:20])}), got {name!r}.")
                 counts[names[name]] = int(count)
         else:
             counts = [int(count) for count in kept]
         if len(counts) != len(self.groups):
-            raise ValueError(
-                f"`kept` must have one entry for each of {len(self.groups)} groups, got {len(counts)}."
-            )
+            raise ValueError(f"`kept` must have one entry for each of {len(self.groups)} groups, got {len(counts)}.")
         for group, count in zip(self.groups, counts, strict=True):
             if not 0 <= count <= len(group):
-                raise ValueError(
-                    f"`kept` must be in 0 to {len(group)} for group {group.name!r}, got {count}."
-                )
+                raise ValueError(f"`kept` must be in 0 to {len(group)} for group {group.name!r}, got {count}.")
         return counts
 
     # how the polynomials are read off the labels
@@ -249,9 +243,7 @@ def _check_budget(
     scores: Mapping[str, Tensor], costs: CostModel, budget: Any, kind: str, min_keep: int, round_to: int
 ) -> None:
     if not is_number(budget) or not 0 < budget <= 1:
-        raise ValueError(
-            f"`budget` must be in (0, 1], the fraction of the cost that remains, got {budget!r}."
-        )
+        raise ValueError(f"`budget` must be in (0, 1], the fraction of the cost that remains, got {budget!r}.")
     check_choice("kind", kind, KINDS)
     check_integer("min_keep", min_keep, 1)
     check_integer("round_to", round_to, 1)
@@ -259,9 +251,7 @@ def _check_budget(
     for name, score in scores.items():
         units = len(costs.groups.named(name))
         if score.shape != (units,):
-            raise ValueError(
-                f"`scores` of group {name!r} must have shape ({units},), got {tuple(score.shape)}."
-            )
+            raise ValueError(f"`scores` of group {name!r} must have shape ({units},), got {tuple(score.shape)}.")
 
 
 def _removal_order(scores: Mapping[str, Tensor], floors: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -123,9 +123,7 @@ def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options: A
     return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=True, **options))
 
 
-def _reverse_product(
-    part: Part, parameters: Parameters, vector: Parameters, names: Sequence[str]
-) -> list[Tensor]:
+def _reverse_product(part: Part, parameters: Parameters, vector: Parameters, names: Sequence[str]) -> list[Tensor]:
     leaves = _leaves(parameters)
     slopes = _gradients([part(leaves)], [leaves[name] for name in vector], create_graph=True)
     pairs = [(slope, vector[name]) for slope, name in zip(slopes, vector, strict=True) if slope.requires_grad]
@@ -141,9 +139,7 @@ def _refuse_dead_ends(slopes: Sequence[Tensor]) -> None:
         raise NotImplementedError("a backward is marked with @once_differentiable")
 
 
-def _forward_product(
-    part: Part, parameters: Parameters, vector: Parameters, names: Sequence[str]
-) -> list[Tensor]:
+def _forward_product(part: Part, parameters: Parameters, vector: Parameters, names: Sequence[str]) -> list[Tensor]:
     with dual_level():
         duals: dict[str, Tensor] = _leaves(parameters)
         duals.update({name: _dual(duals[name], tangent) for name, tangent in vector.items()})
@@ -156,9 +152,7 @@ def _forward_product(
 
 
 def _dual(value: Tensor, tangent: Tensor) -> Tensor:
-    with (
-        warnings.catch_warnings()
-    ):  # the first dual number makes torch compile its own rules by a deprecated way
+    with warnings.catch_warnings():  # the first dual number makes torch compile its own rules by a deprecated way
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         return make_dual(value, tangent)
 
@@ -309,9 +303,7 @@ def _without_fused_recurrence(module: nn.Module) -> Iterator[None]:
 
 def point_of(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of all parameters by canonical name, detached, whole, in at least float32."""
-    return {
-        name: _working(full(parameter.detach()).clone()) for name, parameter in named_tensors(module).items()
-    }
+    return {name: _working(full(parameter.detach()).clone()) for name, parameter in named_tensors(module).items()}
 
 
 def trainable_names(module: nn.Module) -> list[str]:

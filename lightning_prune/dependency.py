@@ -161,9 +161,7 @@ def _check_module(module: nn.Module) -> None:
         raise ValueError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"`module` must have shapes, got the lazy parameter {name!r}. Run one batch first."
-            )
+            raise ValueError(f"`module` must have shapes, got the lazy parameter {name!r}. Run one batch first.")
 
 
 def _trace_all(module: nn.Module, calls: Sequence[Call], train_mode: bool) -> tuple[list[Graph], list[str]]:

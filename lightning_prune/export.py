@@ -77,9 +77,7 @@ def to_safetensors(module: nn.Module, path: str | os.PathLike[str]) -> Export:
     return Export("safetensors", str(path), Path(path).stat().st_size)
 
 
-def to_program(
-    module: nn.Module, example_input: Any, path: str | os.PathLike[str], max_seconds: float = 2.0
-) -> Export:
+def to_program(module: nn.Module, example_input: Any, path: str | os.PathLike[str], max_seconds: float = 2.0) -> Export:
     """Export to a `torch.export` program file with a free batch size where the module allows one.
 
     Args:
@@ -231,9 +229,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("inputs", torch.nonzero(used.any(0)).ravel())
         self.register_buffer("outputs", torch.nonzero(used.any(1)).ravel())
         self.weight = nn.Parameter(layer.weight.detach()[self.outputs][:, self.inputs].clone())
-        base = (
-            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
-        )
+        base = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("base", base)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -283,9 +279,7 @@ def _exported(module: nn.Module, call: Call) -> Any:
     args, kwargs = copied((call.args, call.kwargs))
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     free = pytree.tree_map(
-        lambda v: (
-            (torch.export.Dim.AUTO,) + (None,) * (v.dim() - 1) if isinstance(v, Tensor) and v.dim() else None
-        ),
+        lambda v: (torch.export.Dim.AUTO,) + (None,) * (v.dim() - 1) if isinstance(v, Tensor) and v.dim() else None,
         dict(bound.arguments),
     )
     try:
@@ -297,11 +291,7 @@ def _exported(module: nn.Module, call: Call) -> Any:
 def _write_onnx(module: nn.Module, call: Call, path: Path, opset: int) -> None:
     count = len(tensors_in((call.args, call.kwargs)))
     names = [f"input_{index}" for index in range(count)]
-    axes = {
-        name: {0: "batch"}
-        for name, t in zip(names, tensors_in((call.args, call.kwargs)), strict=True)
-        if t.dim()
-    }
+    axes = {name: {0: "batch"} for name, t in zip(names, tensors_in((call.args, call.kwargs)), strict=True) if t.dim()}
     with quiet(), torch.no_grad():
         torch.onnx.export(
             module, copied(call.args), str(path), kwargs=copied(call.kwargs), dynamo=False, opset_version=opset,
@@ -353,9 +343,7 @@ def _fastest(name: str, layer: nn.Linear, inputs: Tensor, seconds: float) -> tup
 
 
 @torch.no_grad()
-def _medians(
-    forms: Mapping[str, nn.Module], inputs: Tensor, seconds: float, rounds: int = 30
-) -> dict[str, float]:
+def _medians(forms: Mapping[str, nn.Module], inputs: Tensor, seconds: float, rounds: int = 30) -> dict[str, float]:
     found: dict[str, list[float]] = {form: [] for form in forms}
     stop = time.perf_counter() + seconds
     for index in range(rounds):
@@ -372,6 +360,4 @@ def _require(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RuntimeError(
-            f"ONNX export needs {name}. Install it with pip install 'lightning-prune[onnx]'."
-        ) from error
+        raise RuntimeError(f"ONNX export needs {name}. Install it with pip install 'lightning-prune[onnx]'.") from error

@@ -100,9 +100,7 @@ def count_flops(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None =
     try:
         with warnings.catch_warnings(), _inference([module]):
             # the counter's module hooks may fire twice around a compiled module; its operators still run once
-            warnings.filterwarnings(
-                "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
-            )
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
             with FlopCounterMode(display=False) as counter:
                 module(*_positional(args), **dict(kwargs or {}))
     finally:
@@ -110,9 +108,7 @@ def count_flops(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None =
     return int(counter.get_total_flops())
 
 
-def flop_blind_spots(
-    module: nn.Module, args: Any = None, kwargs: Mapping[str, Any] | None = None
-) -> list[str]:
+def flop_blind_spots(module: nn.Module, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> list[str]:
     """Name what `count_flops` does not see, or sees only on some devices.
 
     Args:
@@ -153,9 +149,7 @@ def count_parameters(module: nn.Module) -> int:
     named = dict(module.named_parameters())
     for name, parameter in named.items():
         if is_lazy(parameter):
-            raise ValueError(
-                f"`module` must have shapes, got the lazy parameter {name!r}. Run one batch first."
-            )
+            raise ValueError(f"`module` must have shapes, got the lazy parameter {name!r}. Run one batch first.")
     return sum(tensor.numel() for tensor in _distinct(named).values())
 
 
@@ -175,9 +169,7 @@ def weight_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tensors).values())
 
 
-def file_bytes(
-    tensors: Mapping[str, Tensor], compress: bool, max_bytes: int = MAX_COMPRESSED_BYTES
-) -> int | None:
+def file_bytes(tensors: Mapping[str, Tensor], compress: bool, max_bytes: int = MAX_COMPRESSED_BYTES) -> int | None:
     """Measure how large a safetensors file of these tensors is, by writing it; tied tensors are written once.
 
     Args:
@@ -251,27 +243,19 @@ def forward_inputs_batch_size(args: Any, kwargs: Mapping[str, Any] | None = None
     Returns:
         Samples in the batch >= 0; None when no tensor with a dimension is found.
     """
-    sizes = (
-        int(tensor.shape[0]) for tensor in _tensors((_positional(args), kwargs or {})) if tensor.dim() > 0
-    )
+    sizes = (int(tensor.shape[0]) for tensor in _tensors((_positional(args), kwargs or {})) if tensor.dim() > 0)
     return next(sizes, None)
 
 
-def _check_timing_arguments(
-    modules: Mapping[str, nn.Module], repeats: int, warmup: int, max_seconds: float
-) -> None:
+def _check_timing_arguments(modules: Mapping[str, nn.Module], repeats: int, warmup: int, max_seconds: float) -> None:
     if not modules:
         raise ValueError("`modules` must hold at least one module, got none. Give {'dense': module}.")
     if repeats < 1:
-        raise ValueError(
-            f"`repeats` must be >= 1 round, got {repeats}. Leave the timing out to measure nothing."
-        )
+        raise ValueError(f"`repeats` must be >= 1 round, got {repeats}. Leave the timing out to measure nothing.")
     if warmup < 0:
         raise ValueError(f"`warmup` must be >= 0 rounds, got {warmup}. Give 0 for no warm-up.")
     if not max_seconds > 0:
-        raise ValueError(
-            f"`max_seconds` must be > 0 seconds, got {max_seconds}. One round is always measured."
-        )
+        raise ValueError(f"`max_seconds` must be > 0 seconds, got {max_seconds}. One round is always measured.")
 
 
 def _time_round(
@@ -363,13 +347,9 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 def _check_dense(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
-            raise ValueError(
-                f"`tensors` must be dense, got {tensor.layout} for {name!r}. Give values and indices."
-            )
+            raise ValueError(f"`tensors` must be dense, got {tensor.layout} for {name!r}. Give values and indices.")
         if tensor.is_meta:
-            raise ValueError(
-                f"`tensors` must hold data, got a meta tensor for {name!r}. Materialise it first."
-            )
+            raise ValueError(f"`tensors` must hold data, got a meta tensor for {name!r}. Materialise it first.")
 
 
 def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

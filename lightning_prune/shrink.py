@@ -89,9 +89,7 @@ class ShrinkReport:
 
     def sentences(self) -> list[str]:
         """Return the report in plain words, for a receipt."""
-        lines = [
-            f"{len(self.units)} of {len(self.units) + len(self.refused)} groups with removable units were cut."
-        ]
+        lines = [f"{len(self.units)} of {len(self.units) + len(self.refused)} groups with removable units were cut."]
         lines += [f"Group {name!r} stayed whole: {why}." for name, why in self.refused.items()]
         return [*lines, *self.notes]
 
@@ -150,9 +148,7 @@ def report_of(module: nn.Module) -> ShrinkReport:
         ValueError: the module did not come from there.
     """
     if module not in _reports:
-        raise ValueError(
-            f"`module` must come from shrink or load_shrunk, got a plain {type(module).__name__}."
-        )
+        raise ValueError(f"`module` must come from shrink or load_shrunk, got a plain {type(module).__name__}.")
     return _reports[module]
 
 
@@ -266,11 +262,7 @@ def _checked(units: Mapping[str, Tensor], groups: ChannelGroups) -> dict[str, Te
     for name, mask in units.items():
         group = groups.named(name)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (len(group),):
-            what = (
-                f"{mask.dtype} of shape {tuple(mask.shape)}"
-                if isinstance(mask, Tensor)
-                else type(mask).__name__
-            )
+            what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
                 f"`units` of group {name!r} must be a bool tensor (True = kept) of shape ({len(group)},), got {what}."
             )

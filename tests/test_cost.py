@@ -129,9 +129,7 @@ def test_budgets_are_met_and_the_last_unit_was_needed(kind, seed):
     counts = {name: int(mask.sum()) for name, mask in kept.items()}
     target = budget * costs.cost(kind)
     assert costs.cost(kind, counts) <= target + 1e-6
-    removed = [
-        (float(scores[name][unit]), name) for name in kept for unit in torch.nonzero(~kept[name]).ravel()
-    ]
+    removed = [(float(scores[name][unit]), name) for name in kept for unit in torch.nonzero(~kept[name]).ravel()]
     if removed:
         last = max(removed)[1]
         assert costs.cost(kind, {**counts, last: counts[last] + 1}) > target

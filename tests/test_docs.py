@@ -107,9 +107,7 @@ def test_every_key_and_choice_of_the_command_is_described() -> None:
     with initialize_config_module("lightning_prune.conf", version_base="1.3"):
         cfg = compose("prune")
     text = TEXTS[DOCS / "cli.md"]
-    groups = {entry.name for entry in files("lightning_prune.conf").iterdir() if entry.is_dir()} - {
-        "__pycache__"
-    }
+    groups = {entry.name for entry in files("lightning_prune.conf").iterdir() if entry.is_dir()} - {"__pycache__"}
     keys = [key for key in cfg if key not in groups]
     keys += [f"{group}.{key}" for group in ("dense", "measure") for key in cfg[group]]
     assert [key for key in keys if f"`{key}" not in text] == []

@@ -25,9 +25,7 @@ SLOW = pytest.mark.slow  # every example runs once without it
 def run(program: str, *arguments: str, folder: Path) -> str:
     """Run an example in an empty folder outside the checkout; return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path)
     command = [sys.executable, str(EXAMPLES / program), *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -45,9 +43,7 @@ def test_every_example_opens_with_the_command_that_runs_it(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith(f'"""`python {path.relative_to(ROOT)}')
     described = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
-    assert (
-        str(path.parent.relative_to(ROOT) if path.parent != EXAMPLES else path.relative_to(ROOT)) in described
-    )
+    assert str(path.parent.relative_to(ROOT) if path.parent != EXAMPLES else path.relative_to(ROOT)) in described
 
 
 def test_the_callback_example_keeps_a_tenth_of_the_weights(tmp_path: Path) -> None:
@@ -67,9 +63,7 @@ def test_the_finetuning_example_writes_a_checkpoint_that_a_dense_class_reads(tmp
     assert pruned == int(0.8 * selected)
     state = torch.load(tmp_path / "outputs/finetune/pruned.ckpt", weights_only=True)["state_dict"]
     weights = [
-        tensor
-        for name, tensor in state.items()
-        if re.search(r"embed\.weight|in_proj_w|linear\d\.w|out_proj\.w", name)
+        tensor for name, tensor in state.items() if re.search(r"embed\.weight|in_proj_w|linear\d\.w|out_proj\.w", name)
     ]
     assert sum(weight.numel() for weight in weights) == selected
     assert sum(int((weight == 0).sum()) for weight in weights) == pruned
@@ -80,9 +74,7 @@ def test_the_finetuning_example_writes_a_checkpoint_that_a_dense_class_reads(tmp
     ("overrides", "sparsity"),
     [
         (["pruning=halfway"], 0.8),
-        pytest.param(
-            ["trainer=from_config", "pruning=random", "callbacks.pruning.scope=global"], 0.9, marks=SLOW
-        ),
+        pytest.param(["trainer=from_config", "pruning=random", "callbacks.pruning.scope=global"], 0.9, marks=SLOW),
         pytest.param(["pruning=none"], 0.0, marks=SLOW),
     ],
     ids=["own-choice", "list-in-yaml", "none"],
@@ -92,9 +84,7 @@ def test_the_hydra_application_prunes_as_its_configuration_says(
 ) -> None:
     output = run("hydra_app/app.py", *overrides, "trainer.max_epochs=2", "data.length=600", folder=tmp_path)
     total = 32 + 4 * 32 * 32 * 3 + 32 * 12
-    assert float(cells(output, "sparsity")[0]) == pytest.approx(
-        int(sparsity * total + 1e-9) / total, abs=1e-6
-    )
+    assert float(cells(output, "sparsity")[0]) == pytest.approx(int(sparsity * total + 1e-9) / total, abs=1e-6)
     assert (tmp_path / "outputs").is_dir()
 
 
@@ -156,9 +146,7 @@ def test_the_collector_takes_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 
 def test_the_collector_tells_runs_apart_by_the_arguments_that_differ(tmp_path: Path) -> None:
     for number, scope in enumerate(["global", "layer"]):
-        receipt("magnitude", 0.5, 0, 0.7 + 0.1 * number, scope=scope).save(
-            tmp_path / str(number), picture=False
-        )
+        receipt("magnitude", 0.5, 0, 0.7 + 0.1 * number, scope=scope).save(tmp_path / str(number), picture=False)
     output = run("collect_receipts.py", ".", folder=tmp_path)
     assert "magnitude scope=global" in output
     assert "magnitude scope=layer" in output

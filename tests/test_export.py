@@ -151,9 +151,7 @@ def test_missing_onnxruntime_is_named(tmp_path, monkeypatch):
         return real(name, *args)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(
-        RuntimeError, match=r"needs onnxruntime. Install it with pip install 'lightning-prune\[onnx\]'"
-    ):
+    with pytest.raises(RuntimeError, match=r"needs onnxruntime. Install it with pip install 'lightning-prune\[onnx\]'"):
         to_onnx(net(), torch.randn(4, 12), tmp_path / "m.onnx")
 
 

@@ -133,9 +133,7 @@ def test_a_compiled_module_counts_like_the_plain_one() -> None:
 
 
 def test_recurrent_and_attention_modules_are_named_as_blind_spots() -> None:
-    model = nn.ModuleList(
-        [nn.LSTM(4, 4), nn.MultiheadAttention(4, 2), nn.EmbeddingBag(3, 4), nn.Linear(4, 4)]
-    )
+    model = nn.ModuleList([nn.LSTM(4, 4), nn.MultiheadAttention(4, 2), nn.EmbeddingBag(3, 4), nn.Linear(4, 4)])
     assert flop_blind_spots(model) == ["EmbeddingBag", "LSTM", "MultiheadAttention"]
 
 

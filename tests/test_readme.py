@@ -107,9 +107,7 @@ def blocks(text: str, language: str = "python") -> list[tuple[str, str]]:
 def snippet(name: str) -> str:
     """Return the code of the fenced block below `<!-- snippet: NAME -->`."""
     (code,) = [
-        code
-        for above, code in blocks(README.read_text(encoding="utf-8"))
-        if above == f"<!-- snippet: {name} -->"
+        code for above, code in blocks(README.read_text(encoding="utf-8")) if above == f"<!-- snippet: {name} -->"
     ]
     return code
 
@@ -130,9 +128,7 @@ def test_every_marked_snippet_is_one_that_a_test_runs() -> None:
     assert sorted(marks) == sorted(SNIPPETS)
 
 
-def test_the_callback_snippet_ends_at_nine_tenths_and_prints_a_receipt(
-    given: dict[str, Any], capsys: Any
-) -> None:
+def test_the_callback_snippet_ends_at_nine_tenths_and_prints_a_receipt(given: dict[str, Any], capsys: Any) -> None:
     keys = list(given["model"].state_dict())
     run_snippet("callback", given)
     zeros, total = zeros_of(given["model"])
@@ -165,14 +161,10 @@ def test_the_notebook_snippet_keeps_two_of_every_four(given: dict[str, Any], cap
     assert "Zeros in dense tensors do not make this model faster" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("mark", "last"), [("main command", "lightning-prune"), ("test command", "python -m pytest")]
-)
+@pytest.mark.parametrize(("mark", "last"), [("main command", "lightning-prune"), ("test command", "python -m pytest")])
 def test_the_two_commands_install_with_the_constraints(mark: str, last: str) -> None:
     (code,) = [
-        code
-        for above, code in blocks(README.read_text(encoding="utf-8"), "bash")
-        if above == f"<!-- {mark} -->"
+        code for above, code in blocks(README.read_text(encoding="utf-8"), "bash") if above == f"<!-- {mark} -->"
     ]
     lines = code.strip().splitlines()
     assert lines[0].startswith("python3 -m venv")

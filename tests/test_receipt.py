@@ -237,9 +237,7 @@ def test_without_a_picture_an_older_one_does_not_stay_beside_the_new_numbers(tmp
     assert Receipt.load(tmp_path / "receipt.json").notes == ["A first note."]
 
 
-def test_without_matplotlib_a_note_replaces_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_a_note_replaces_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     receipt = filled()

@@ -62,9 +62,7 @@ def printed(receipt: Receipt, **options: Any) -> str:
 
 def cells(receipt: Receipt) -> dict[str, list[str]]:
     """The main table as the Markdown states it: label -> dense, pruned, fine-tuned."""
-    rows = [
-        line.strip("| ").split(" | ") for line in receipt.to_markdown().splitlines() if line.startswith("| ")
-    ]
+    rows = [line.strip("| ").split(" | ") for line in receipt.to_markdown().splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows if len(row) == 4}
 
 
@@ -169,9 +167,7 @@ def test_a_target_met_to_the_weight_is_said_to_be_exact() -> None:
 
 def test_a_missed_target_is_stated_in_words_with_its_reason() -> None:
     receipt = filled(requested={"sparsity": 0.85})
-    start = (
-        "Asked for sparsity 0.85, got 0.9: 100 of 1,000 selected weights are kept where the target leaves 150"
-    )
+    start = "Asked for sparsity 0.85, got 0.9: 100 of 1,000 selected weights are kept where the target leaves 150"
     assert honest_notes(receipt)[0] == f"{start}."
     reason = "earlier masks had already removed more"
     assert honest_notes(receipt, reason)[0] == f"{start}, because {reason}."
@@ -180,9 +176,7 @@ def test_a_missed_target_is_stated_in_words_with_its_reason() -> None:
 @pytest.mark.parametrize(("budget", "verdict"), [(0.2, "within"), (0.1, "above")])
 def test_a_budget_is_compared_with_the_share_that_is_left(budget: float, verdict: str) -> None:
     note = honest_notes(filled(requested={"budget": budget, "budget_type": "params"}))[0]
-    assert note == (
-        f"Asked for at most {budget} of the parameters, got 0.181818 (200 of 1,100): {verdict} the budget."
-    )
+    assert note == (f"Asked for at most {budget} of the parameters, got 0.181818 (200 of 1,100): {verdict} the budget.")
 
 
 def test_zeros_without_structure_are_said_to_save_no_time() -> None:

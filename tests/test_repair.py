@@ -158,9 +158,7 @@ def test_batch_norm_statistics_become_averages_over_batches():
     tracked = module[1].num_batches_tracked.clone()
     report = reestimate_batch_norm(module, data)
     outputs = [module[0](x).detach() for x in data]
-    assert torch.allclose(
-        module[1].running_mean, torch.stack([y.mean(0) for y in outputs]).mean(0), atol=1e-6
-    )
+    assert torch.allclose(module[1].running_mean, torch.stack([y.mean(0) for y in outputs]).mean(0), atol=1e-6)
     assert torch.allclose(module[1].running_var, torch.stack([y.var(0) for y in outputs]).mean(0), atol=1e-6)
     assert report.batch_norm == ["1"]
     assert report.samples == 80

@@ -45,9 +45,7 @@ def main(cfg: DictConfig) -> float:
     trainer.fit(model, datamodule=data)
     result = trainer.test(model, datamodule=data, verbose=False)[0]
 
-    table = Table(
-        "", "value", title=f"{cfg.get('callbacks', {}).get('pruning', {}).get('_target_', 'dense')}"
-    )
+    table = Table("", "value", title=f"{cfg.get('callbacks', {}).get('pruning', {}).get('_target_', 'dense')}")
     table.add_row("test error (1 = repeating the last value)", f"{result['test_error']:.4f}")
     table.add_row("sparsity", f"{MaskManager.of(model).sparsity():.6g}")
     Console().print(table)

@@ -20,9 +20,7 @@ class Forecaster(LightningModule):
         learning_rate: of AdamW, > 0.
     """
 
-    def __init__(
-        self, channels: int = 32, history: int = 48, horizon: int = 12, learning_rate: float = 3e-3
-    ) -> None:
+    def __init__(self, channels: int = 32, history: int = 48, horizon: int = 12, learning_rate: float = 3e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lift = nn.Conv1d(1, channels, 1)

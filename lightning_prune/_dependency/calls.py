@@ -84,9 +84,7 @@ def detached(module: nn.Module) -> Iterator[None]:
             attributes[name] = value
 
 
-def calls_of(
-    module: nn.Module, example_input: Any, example_kwargs: Mapping[str, Any] | None = None
-) -> list[Call]:
+def calls_of(module: nn.Module, example_input: Any, example_kwargs: Mapping[str, Any] | None = None) -> list[Call]:
     """Return how `module` is run with an example input.
 
     A tensor, or a tuple or list of arguments, goes to `forward`; a dict goes there by name where `forward` has these
@@ -207,9 +205,7 @@ def _recording(module: nn.Module) -> Iterator[list[Call]]:
 
     handles = []
     for path, child in _with_parameters(module):
-        handles.append(
-            child.register_forward_pre_hook(lambda _, a, k, path=path: enter(path, a, k), with_kwargs=True)
-        )
+        handles.append(child.register_forward_pre_hook(lambda _, a, k, path=path: enter(path, a, k), with_kwargs=True))
         handles.append(child.register_forward_hook(leave, always_call=True))
     try:
         yield calls
@@ -220,9 +216,7 @@ def _recording(module: nn.Module) -> Iterator[list[Call]]:
 
 def _with_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     for path, child in module.named_modules():
-        if next(child.parameters(), None) is not None and not isinstance(
-            child, (nn.ModuleList, nn.ModuleDict)
-        ):
+        if next(child.parameters(), None) is not None and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield path, child
 
 

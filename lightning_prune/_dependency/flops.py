@@ -45,11 +45,7 @@ def _einsum_flops(arguments: list[Any], result: LabelledTensor) -> tuple[bool, T
     terms = inputs.split(",")
     if len(terms) != 2 or "." in inputs or not (set(terms[0]) & set(terms[1])) - set(kept):
         return True, []
-    dims = {
-        letter: (t, dim)
-        for term, t in zip(terms, arguments[1], strict=True)
-        for dim, letter in enumerate(term)
-    }
+    dims = {letter: (t, dim) for term, t in zip(terms, arguments[1], strict=True) for dim, letter in enumerate(term)}
     return True, [(2, list(dims.values()))]
 
 

@@ -142,9 +142,7 @@ def frozen_dims(walk: Walk, groups: list[ChannelGroup]) -> dict[Slab, str]:
         if rest:
             frozen = [root for root in rest if walk.cells.is_frozen(np.array([root]))[0]]
             reasons[name, dim] = (
-                walk.cells.reason(frozen[0])
-                if frozen
-                else "no weight reads it, or it would be a group of one unit"
+                walk.cells.reason(frozen[0]) if frozen else "no weight reads it, or it would be a group of one unit"
             )
     return reasons
 
@@ -180,6 +178,4 @@ def _slabs_by_class(walk: Walk, records: list[tuple[Cell, frozenset[Slab]]]) -> 
 def _name(slabs: list[Slab], producers: frozenset[Slab]) -> str:
     """The module of the first producer; a weight before a bias."""
     made = [slab for slab in slabs if slab in producers] or slabs
-    return (
-        next((name for name, _ in made if name.endswith("weight")), made[0][0]).rpartition(".")[0] or "root"
-    )
+    return next((name for name, _ in made if name.endswith("weight")), made[0][0]).rpartition(".")[0] or "root"

@@ -36,9 +36,7 @@ class Polynomial:
         """Return the value at integer k."""
         total = 0
         for lengths, factor in self._terms.items():
-            total += factor * math.prod(
-                fixed + sum(a * kept[g] for g, a in parts) for fixed, parts in lengths
-            )
+            total += factor * math.prod(fixed + sum(a * kept[g] for g, a in parts) for fixed, parts in lengths)
         return total
 
     def soft(self, kept: Tensor) -> Tensor:

@@ -61,18 +61,14 @@ def matmul(walk: Walk, first: LabelledTensor, second: LabelledTensor, shape: Any
 
 
 @rule("addmm", "baddbmm", "addmv")
-def addmm(
-    walk: Walk, bias: LabelledTensor, first: LabelledTensor, second: LabelledTensor, **_: Any
-) -> LabelledTensor:
+def addmm(walk: Walk, bias: LabelledTensor, first: LabelledTensor, second: LabelledTensor, **_: Any) -> LabelledTensor:
     """b + A B."""
     product = matmul(walk, first, second)
     return LabelledTensor(product.shape, walk.broadcast([bias, product], product.shape))
 
 
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
-def grouped_mm(
-    walk: Walk, first: LabelledTensor, second: LabelledTensor, offs: Any = None, *_: Any, **__: Any
-) -> Any:
+def grouped_mm(walk: Walk, first: LabelledTensor, second: LabelledTensor, offs: Any = None, *_: Any, **__: Any) -> Any:
     """Rows of the first meet the matrix of their expert: (tokens, in) x (experts, in, out)."""
     if len(walk.shape) != 2 or len(second) != 3:
         return walk.opaque(first, second)
@@ -92,9 +88,7 @@ def einsum(walk: Walk, equation: str, operands: list[LabelledTensor], **kwargs: 
     for letter in dict.fromkeys("".join(terms)):
         found = [(t, term.index(letter)) for term, t in zip(terms, operands, strict=True) if letter in term]
         size = max(t.shape[dim] for t, dim in found)
-        labels[letter] = _einsum_letter(
-            walk, [f for f in found if f[0].shape[f[1]] == size], letter in result
-        )
+        labels[letter] = _einsum_letter(walk, [f for f in found if f[0].shape[f[1]] == size], letter in result)
     return LabelledTensor(walk.shape, [labels[letter] for letter in result])
 
 
@@ -121,9 +115,7 @@ def bilinear(
     out = _free(walk, weight, 0)
     if bias is not None:
         out = walk.unify(out, bias.labels[0])
-    lead = walk.broadcast(
-        [first.keep(range(len(first) - 1)), second.keep(range(len(second) - 1))], walk.shape[:-1]
-    )
+    lead = walk.broadcast([first.keep(range(len(first) - 1)), second.keep(range(len(second) - 1))], walk.shape[:-1])
     return LabelledTensor(walk.shape, [*lead, out])
 
 

@@ -11,9 +11,7 @@ _BY_NUMBER = "its positions are looked up by number"
 
 
 @rule("embedding")
-def embedding(
-    walk: Walk, weight: LabelledTensor, index: LabelledTensor, *_: Any, **__: Any
-) -> LabelledTensor:
+def embedding(walk: Walk, weight: LabelledTensor, index: LabelledTensor, *_: Any, **__: Any) -> LabelledTensor:
     """The vocabulary stays, the width is free."""
     walk.freeze(weight.labels[0], _BY_NUMBER)
     walk.produce(weight.labels[1], weight.zeros[1])

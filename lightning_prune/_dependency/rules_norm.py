@@ -55,27 +55,19 @@ def reduction(walk: Walk, tensor: LabelledTensor, *args: Any, **kwargs: Any) -> 
     """The reduced dims are read whole; a sum of (activation x weight) is a contraction instead."""
     reduced = dims_of(_reduced_dims(walk.step.op, args, kwargs), len(tensor))
     for dim in reduced:
-        if (
-            walk.step.op in ("sum", "nansum")
-            and tensor.zeros[dim] is not None
-            and tensor.labels[dim] is not None
-        ):
+        if walk.step.op in ("sum", "nansum") and tensor.zeros[dim] is not None and tensor.labels[dim] is not None:
             walk.consume(tensor.labels[dim], tensor.zeros[dim])
         else:
             walk.freeze(tensor.labels[dim])
     kept = len(walk.shape) == len(tensor)
-    labels = [
-        None if d in reduced else tensor.labels[d] for d in range(len(tensor)) if kept or d not in reduced
-    ]
+    labels = [None if d in reduced else tensor.labels[d] for d in range(len(tensor)) if kept or d not in reduced]
     return _outputs(walk, labels)
 
 
 def _reduced_dims(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if "dim" in kwargs:
         return kwargs["dim"]
-    place = (
-        1 if op in ("norm", "linalg_vector_norm", "quantile") else 0
-    )  # the order, or the quantile, comes first
+    place = 1 if op in ("norm", "linalg_vector_norm", "quantile") else 0  # the order, or the quantile, comes first
     value = args[place] if len(args) > place else None
     if op == "norm" and len(args) > 1 and not isinstance(args[1], (list, tuple)):
         value = None
@@ -119,9 +111,7 @@ def last_dims(walk: Walk, tensor: LabelledTensor, *args: Any, **kwargs: Any) -> 
     dims = [len(tensor) - 2, len(tensor) - 1]
     if "fft" in walk.step.op:
         named = (
-            args[0]
-            if walk.step.op.startswith("_") and args
-            else kwargs.get("dim", args[1] if len(args) > 1 else -1)
+            args[0] if walk.step.op.startswith("_") and args else kwargs.get("dim", args[1] if len(args) > 1 else -1)
         )
         dims = dims_of(named, len(tensor))
     for dim in dims:
@@ -130,9 +120,7 @@ def last_dims(walk: Walk, tensor: LabelledTensor, *args: Any, **kwargs: Any) -> 
 
 
 @rule("cosine_similarity", "pairwise_distance")
-def similarity(
-    walk: Walk, first: LabelledTensor, second: LabelledTensor, dim: int = 1, *_: Any, **__: Any
-) -> Any:
+def similarity(walk: Walk, first: LabelledTensor, second: LabelledTensor, dim: int = 1, *_: Any, **__: Any) -> Any:
     """Two tensors compared along one dim, read whole."""
     rank = max(len(first), len(second))
     shape = [max(a, b) for a, b in zip(first.shape, second.shape, strict=True)]
@@ -154,9 +142,7 @@ def batch_norm(
             if dim != 1:
                 walk.freeze(label, "batch statistics read it whole")
     if isinstance(walk.spec, list):
-        return [
-            LabelledTensor(s.shape, tensor.labels if s.shape == tensor.shape else None) for s in walk.spec
-        ]
+        return [LabelledTensor(s.shape, tensor.labels if s.shape == tensor.shape else None) for s in walk.spec]
     return LabelledTensor(walk.shape, tensor.labels)
 
 
@@ -229,9 +215,7 @@ def _spatial_rank(op: str) -> int:
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def grid_sample(
-    walk: Walk, tensor: LabelledTensor, grid: LabelledTensor, *_: Any, **__: Any
-) -> LabelledTensor:
+def grid_sample(walk: Walk, tensor: LabelledTensor, grid: LabelledTensor, *_: Any, **__: Any) -> LabelledTensor:
     """Samples between neighbours, channel by channel, at places the grid says."""
     for label in (*tensor.labels[2:], *grid.labels[1:]):
         walk.freeze(label)

@@ -87,21 +87,13 @@ def repeat(walk: Walk, tensor: LabelledTensor, times: Sequence[int]) -> Labelled
 
 
 @rule("repeat_interleave")
-def repeat_interleave(
-    walk: Walk, tensor: LabelledTensor, repeats: Any = None, dim: Any = None, **_: Any
-) -> Any:
+def repeat_interleave(walk: Walk, tensor: LabelledTensor, repeats: Any = None, dim: Any = None, **_: Any) -> Any:
     """Each position repeated in place."""
     if not isinstance(repeats, int) or dim is None:
         return walk.opaque(tensor)
     dim, label = dim % len(tensor), tensor.labels[dim % len(tensor)]
     size = tensor.shape[dim] * repeats
-    new = (
-        walk.cells.new(size)
-        if tensor.shape[dim] == 1
-        else None
-        if label is None
-        else np.repeat(label, repeats)
-    )
+    new = walk.cells.new(size) if tensor.shape[dim] == 1 else None if label is None else np.repeat(label, repeats)
     return tensor.replace(dim, size, new, tensor.zeros[dim] if label is not None else None)
 
 
@@ -137,9 +129,7 @@ def stack(walk: Walk, tensors: list[LabelledTensor], dim: int = 0) -> LabelledTe
     dim = dim % len(walk.shape)
     labels = walk.broadcast(tensors, tensors[0].shape)
     zeros = [joined(tensor.zeros[place] for tensor in tensors) for place in range(len(tensors[0]))]
-    return LabelledTensor(
-        walk.shape, [*labels[:dim], None, *labels[dim:]], [*zeros[:dim], None, *zeros[dim:]]
-    )
+    return LabelledTensor(walk.shape, [*labels[:dim], None, *labels[dim:]], [*zeros[:dim], None, *zeros[dim:]])
 
 
 @rule("unbind", "unsafe_unbind")
@@ -216,9 +206,7 @@ def glu(walk: Walk, tensor: LabelledTensor, dim: int = -1) -> LabelledTensor:
 
 
 @rule("pad", "constant_pad_nd")
-def pad(
-    walk: Walk, tensor: LabelledTensor, widths: Sequence[int], mode: str = "constant", value: Any = None
-) -> Any:
+def pad(walk: Walk, tensor: LabelledTensor, widths: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
     """Padding keeps its size, as the code says; its positions are fixed."""
     labels = list(tensor.labels)
     for index in range(len(widths) // 2):

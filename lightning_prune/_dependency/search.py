@@ -34,9 +34,7 @@ class _Candidate:
     choices: dict[Any, int]
 
 
-def analyse(
-    graphs: Sequence[Graph], module: nn.Module, pinned: Sequence[str] = (), time_limit: float = 20.0
-) -> Walk:
+def analyse(graphs: Sequence[Graph], module: nn.Module, pinned: Sequence[str] = (), time_limit: float = 20.0) -> Walk:
     """Return the analysis with the most prunable parameter elements found within the limits.
 
     Args:
@@ -62,9 +60,7 @@ def analyse(
     return best.walk
 
 
-def _repaired(
-    graphs: Sequence[Graph], module: nn.Module, pinned: Sequence[str], choices: dict[Any, int]
-) -> _Candidate:
+def _repaired(graphs: Sequence[Graph], module: nn.Module, pinned: Sequence[str], choices: dict[Any, int]) -> _Candidate:
     """Analyse; move choices whose cells ended frozen to their next alternative; repeat; keep the best."""
     best: _Candidate | None = None
     for _ in range(_REPAIRS):

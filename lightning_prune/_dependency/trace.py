@@ -104,9 +104,7 @@ def trace(module: nn.Module, call: Call, training: bool) -> Graph:
         graph.source, graph.origin, graph.training, graph.program = call, origin, training, program
         return graph
     raise ValueError(
-        f"`module` must be traceable, got {type(module).__name__}. "
-        + "; ".join(reasons)
-        + ". Nothing was changed."
+        f"`module` must be traceable, got {type(module).__name__}. " + "; ".join(reasons) + ". Nothing was changed."
     )
 
 

@@ -233,9 +233,7 @@ class Walk:
             values[step.node] = self._apply(step, args, kwargs, values)
         return [_resolve(output, values) for output in graph.outputs]
 
-    def _apply(
-        self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[fx.Node, Any]
-    ) -> Any:
+    def _apply(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[fx.Node, Any]) -> Any:
         if step.op == "getitem" and not isinstance(args[0], LabelledTensor):
             return args[0][args[1]] if isinstance(args[0], (list, tuple)) else self.fresh(step.spec)
         if step.inner is not None:
@@ -284,24 +282,18 @@ def _resolve(value: Any, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def _holds_tensor(spec: Any) -> bool:
-    return isinstance(spec, TensorSpec) or (
-        isinstance(spec, list) and any(_holds_tensor(item) for item in spec)
-    )
+    return isinstance(spec, TensorSpec) or (isinstance(spec, list) and any(_holds_tensor(item) for item in spec))
 
 
 def _fits(spec: Any, result: Any) -> bool:
     """Whether a rule reproduced the traced shapes, with labels as long as their dims."""
     if isinstance(spec, list):
-        return (
-            isinstance(result, (list, tuple)) and len(result) == len(spec) and all(map(_fits, spec, result))
-        )
+        return isinstance(result, (list, tuple)) and len(result) == len(spec) and all(map(_fits, spec, result))
     if not isinstance(spec, TensorSpec):
         return True
     if not isinstance(result, LabelledTensor) or result.shape != spec.shape:
         return False
-    return all(
-        label is None or len(label) == size for label, size in zip(result.labels, result.shape, strict=True)
-    )
+    return all(label is None or len(label) == size for label, size in zip(result.labels, result.shape, strict=True))
 
 
 def tensors_by_name(module: nn.Module) -> dict[str, Tensor]:

@@ -58,9 +58,7 @@ class RefitSettings:
         check_fraction("momentum", self.momentum)
         check_positive("length", self.length)
         if not 0 <= self.final_length <= 1:
-            raise ValueError(
-                f"`final_length` must be in [0, 1], got {self.final_length}. 1 keeps the length."
-            )
+            raise ValueError(f"`final_length` must be in [0, 1], got {self.final_length}. 1 keeps the length.")
 
 
 class Metric:
@@ -77,9 +75,7 @@ class Metric:
         self.problem, self.system = problem, system
         self.invert = inverse(system.gram, torch.tensor([problem.damping], device=problem.rows.device))
         few = _GATHER * system.index.numel() <= problem.p
-        self.panel = (
-            problem.rows.index_select(1, system.index).to(problem.dtype) if few and system.dual else None
-        )
+        self.panel = problem.rows.index_select(1, system.index).to(problem.dtype) if few and system.dual else None
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Return the step for a mean gradient of shape (p,); shape (p,), 0 outside the support."""

@@ -40,11 +40,7 @@ def norms_after(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, tuple[s
     for node in graph_nodes([loss]):
         if node.name() in _NORMS:
             layer, *parameters = (source for source, _ in node.next_functions)
-            weight = (
-                _parameter(layer.next_functions[_WEIGHT_AT[layer.name()]][0], known)
-                if _is_layer(layer)
-                else None
-            )
+            weight = _parameter(layer.next_functions[_WEIGHT_AT[layer.name()]][0], known) if _is_layer(layer) else None
             if weight is not None:
                 names = (_parameter(source, known) for source in parameters)
                 found[weight] = (*found.get(weight, ()), *(name for name in names if name is not None))
@@ -73,9 +69,7 @@ def gated_slabs(
         norms: result of `norms_after`.
         gate: "output", "weight" (the layers' weights alone) or "consumer" (the weights that read the channels).
     """
-    layers = [
-        slab for slab in group.slices if slab not in group.consumers and len(sizes.get(slab[0], ())) > 1
-    ]
+    layers = [slab for slab in group.slices if slab not in group.consumers and len(sizes.get(slab[0], ())) > 1]
     if gate == "weight" and layers:
         return layers
     chosen: list[Slab] = []
@@ -114,9 +108,7 @@ class ChannelUnits:
         self.all_groups, self.selected, self.sizes = groups, selected, groups.analysis.sizes
         self.groups = [group for group in groups if self._outsiders(group) == []]
         if not self.groups:
-            raise ValueError(
-                f"`structured`=True finds no channel to prune: {self._why_none()}. Use structured=False."
-            )
+            raise ValueError(f"`structured`=True finds no channel to prune: {self._why_none()}. Use structured=False.")
         living = removable_units(module, groups)
         self.device = next(iter(selected.values())).device
         self.alive = {group.name: living[group.name].to(self.device) for group in self.groups}
@@ -126,9 +118,7 @@ class ChannelUnits:
     def scores(self, signed: Mapping[str, Tensor]) -> Masks:
         """|sum over a channel's gated entries of theta_0 * meta-gradient|, one number per channel, by group."""
         return {
-            group.name: torch.stack(
-                [self._per_channel(signed, group, slab) for slab in self.gates[group.name]]
-            )
+            group.name: torch.stack([self._per_channel(signed, group, slab) for slab in self.gates[group.name]])
             .sum(dim=0)
             .abs()
             for group in self.groups
@@ -141,9 +131,7 @@ class ChannelUnits:
             gone = (~kept[group.name]).nonzero().flatten().cpu()
             for (name, dim), positions in group.slices.items():
                 if name in self.sizes:
-                    mask = masks.setdefault(
-                        name, torch.ones(self.sizes[name], dtype=torch.bool, device=self.device)
-                    )
+                    mask = masks.setdefault(name, torch.ones(self.sizes[name], dtype=torch.bool, device=self.device))
                     mask.index_fill_(dim, torch.as_tensor(positions)[gone].flatten().to(self.device), False)
         return masks
 
@@ -169,17 +157,11 @@ class ChannelUnits:
 
     def _outsiders(self, group: ChannelGroup) -> list[str]:
         """Weights of a group that may not be pruned."""
-        return [
-            name
-            for name in group.parameters()
-            if len(self.sizes.get(name, ())) > 1 and name not in self.selected
-        ]
+        return [name for name in group.parameters() if len(self.sizes.get(name, ())) > 1 and name not in self.selected]
 
     def _whole(self) -> list[str]:
         """Selected weights that lose no output channel."""
-        made = {
-            name for group in self.groups for name, dim in group.slices if (name, dim) not in group.consumers
-        }
+        made = {name for group in self.groups for name, dim in group.slices if (name, dim) not in group.consumers}
         return [name for name in self.selected if name not in made]
 
     def _why_none(self) -> str:
@@ -187,7 +169,5 @@ class ChannelUnits:
         if outsiders:
             return f"every group of channels runs through weights that are not selected, such as {outsiders[0]!r}"
         frozen = self.all_groups.report.frozen
-        reasons = [
-            f"{name!r}: {frozen.get((name, 0), 'its channels are in no group')}" for name in self.selected
-        ]
+        reasons = [f"{name!r}: {frozen.get((name, 0), 'its channels are in no group')}" for name in self.selected]
         return "; ".join(reasons[:_SHOWN])

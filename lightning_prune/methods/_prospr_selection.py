@@ -175,17 +175,13 @@ class InitialPruning(OneShotPruning):
         least = self.min_keep_per_layer if minimum is None else minimum
         return keep_with_minimum(scores, sparsity, self.scope, least, alive)
 
-    def settle(
-        self, masks: Masks, alive: Mapping[str, Tensor], generator: torch.Generator
-    ) -> tuple[Masks, list[str]]:
+    def settle(self, masks: Masks, alive: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Masks, list[str]]:
         """Final masks, shuffled if asked, and notes on them; thin layers are named."""
         notes = []
         if self.shuffle_within_layer:
             masks = shuffled(masks, alive, generator)
             notes = ["The masks were shuffled inside every tensor: a control, not the method itself."]
-        thin = [
-            name for name in thin_layers(masks) if bool(masks[name].any())
-        ]  # empty ones are named by the base
+        thin = [name for name in thin_layers(masks) if bool(masks[name].any())]  # empty ones are named by the base
         if thin:
             rank_zero_warn(
                 f"{self.method} keeps less than 1 % of {', '.join(thin)}. Raise `min_keep_per_layer`, lower the "

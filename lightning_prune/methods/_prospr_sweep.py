@@ -59,15 +59,11 @@ class InnerSGD:
         check_bool("inner_nesterov", self.nesterov)
         check_bool("detach_first_momentum", self.detach_first_momentum)
         if not is_number(self.momentum) or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"`inner_momentum` must be in [0, 1), got {self.momentum!r}. Give a number such as 0.9."
-            )
+            raise ValueError(f"`inner_momentum` must be in [0, 1), got {self.momentum!r}. Give a number such as 0.9.")
         if not is_number(self.weight_decay) or self.weight_decay < 0:
             raise ValueError(f"`inner_weight_decay` must be a finite number >= 0, got {self.weight_decay!r}.")
         if self.nesterov and self.momentum == 0:
-            raise ValueError(
-                "`inner_nesterov` must be false without momentum. Give `inner_momentum` above 0."
-            )
+            raise ValueError("`inner_nesterov` must be false without momentum. Give `inner_momentum` above 0.")
         if self.nesterov and self.detach_first_momentum:
             raise ValueError(
                 "`detach_first_momentum` must be false with `inner_nesterov`: it is defined for plain momentum only."
@@ -87,9 +83,7 @@ class Store:
 
     def push(self, point: Mapping[str, Tensor]) -> None:
         """Keep a point."""
-        self.kept.append(
-            {n: x if self.device is None else x.to(self.device, copy=True) for n, x in point.items()}
-        )
+        self.kept.append({n: x if self.device is None else x.to(self.device, copy=True) for n, x in point.items()})
 
     def pop(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the last point kept, on the devices of `like`, and forget it."""
@@ -154,9 +148,7 @@ def _descend(
         if sgd.weight_decay:
             pull = torch._foreach_add(pull, _project(here, moving), alpha=sgd.weight_decay)
         if sgd.momentum:
-            velocity = (
-                torch._foreach_add(torch._foreach_mul(velocity, sgd.momentum), pull) if velocity else pull
-            )
+            velocity = torch._foreach_add(torch._foreach_mul(velocity, sgd.momentum), pull) if velocity else pull
         move = velocity if sgd.momentum else pull
         if sgd.nesterov:
             move = torch._foreach_add(pull, velocity, alpha=sgd.momentum)
@@ -204,9 +196,7 @@ def _sweep_back(
 
 def _project(values: list[Tensor], moving: Mapping[str, Tensor | None]) -> list[Tensor]:
     """Zero the entries that do not move."""
-    return [
-        value if mask is None else value * mask for value, mask in zip(values, moving.values(), strict=True)
-    ]
+    return [value if mask is None else value * mask for value, mask in zip(values, moving.values(), strict=True)]
 
 
 def _finite(loss: Tensor, step: int, sgd: InnerSGD) -> float:

@@ -205,9 +205,7 @@ class GraSP(InitialPruning):
             _Softened(self.temperature).on(context.module) as softened,
         ):
             scores = grasp_scores(losses(self._draw(stream)), weights, self.batches)
-        masks, notes = self.settle(
-            self.keep(scores, context.target, context.alive), context.alive, context.generator
-        )
+        masks, notes = self.settle(self.keep(scores, context.target, context.alive), context.alive, context.generator)
         return Proposal(masks, notes=[*notes, *softened.notes(), *stream.notes()])
 
     def _draw(self, stream: BatchStream) -> list[Any]:

@@ -168,15 +168,11 @@ class ProsPr(InitialPruning):
                 return units.scores(search.signed(units.wanted, units.expand(kept)))
 
             minimum = max(1, self.min_keep_per_layer) if self.structured else self.min_keep_per_layer
-            kept = prune_in_rounds(
-                score, partial(self.keep, minimum=minimum), units.alive, context.target, self.rounds
-            )
+            kept = prune_in_rounds(score, partial(self.keep, minimum=minimum), units.alive, context.target, self.rounds)
         if context.objective.trainer is not None:
             log_event(context.objective.trainer, search.logged())
         kept, notes = self.settle(kept, units.alive, context.generator)
-        return Proposal(
-            units.expand(kept), notes=[*notes, *units.notes(kept), *stream.notes(), search.note()]
-        )
+        return Proposal(units.expand(kept), notes=[*notes, *units.notes(kept), *stream.notes(), search.note()])
 
     def _inner(self, rate: float) -> InnerSGD:
         return InnerSGD(
@@ -194,9 +190,7 @@ class ProsPr(InitialPruning):
             return self.inner_lr
         optimizers = getattr(context.objective.trainer, "optimizers", None)
         if not optimizers:
-            raise ValueError(
-                "`inner_lr` must be a number where no Trainer has an optimizer to take it from, got None."
-            )
+            raise ValueError("`inner_lr` must be a number where no Trainer has an optimizer to take it from, got None.")
         rate = float(optimizers[0].param_groups[0]["lr"])
         if rate <= 0:
             raise ValueError(
@@ -258,16 +252,12 @@ class _Search:
         """theta_0 * dL_M / dtheta_0 of the masked network, averaged over the draws of batches."""
         masks = {**self.masks, **masks}
         names = dict.fromkeys([*self.trained, *wanted])
-        start = {
-            name: self.point[name] * masks[name] if name in masks else self.point[name] for name in names
-        }
+        start = {name: self.point[name] * masks[name] if name in masks else self.point[name] for name in names}
         moving = {name: masks.get(name) for name in self.trained}
         total: dict[str, Tensor] = {}
         for _ in range(self.method.samples):
             losses, store = self.losses(self._batches()), Store(self.method.trajectory_device)
-            slopes, self.history = meta_gradient(
-                losses, start, self.sgd, wanted, moving, self.method.mode, store
-            )
+            slopes, self.history = meta_gradient(losses, start, self.sgd, wanted, moving, self.method.mode, store)
             total = {name: slope + total[name] if total else slope for name, slope in slopes.items()}
         return {name: start[name] * value / self.method.samples for name, value in total.items()}
 

@@ -28,9 +28,7 @@ from lightning_prune.selection import Scope
 __all__ = ["SNIP", "sensitivity", "snip_scores"]
 
 
-def sensitivity(
-    losses: Losses, count: int, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-) -> Masks:
+def sensitivity(losses: Losses, count: int, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
     """Return the gradient of the mean loss with respect to a multiplier of every weight, w * dL/dw, taken at m * w.
 
     Args:

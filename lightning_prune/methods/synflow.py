@@ -54,16 +54,12 @@ def synflow_scores(
     """
     masked = weights if masks is None else {name: weight * masks[name] for name, weight in weights.items()}
     leaves = {name: weight.detach().abs().requires_grad_() for name, weight in masked.items()}
-    slopes = torch.autograd.grad(
-        flow(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
+    slopes = torch.autograd.grad(flow(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {name: slope.abs() * leaves[name].detach() for name, slope in zip(leaves, slopes, strict=True)}
 
 
 @contextmanager
-def positive_flow(
-    module: nn.Module, arguments: Arguments, dtype: torch.dtype = torch.float64
-) -> Iterator[Flow]:
+def positive_flow(module: nn.Module, arguments: Arguments, dtype: torch.dtype = torch.float64) -> Iterator[Flow]:
     """Yield R: the sum of the outputs of `module` in evaluation mode with positive parameters, for an input of ones.
 
     Args:
@@ -74,9 +70,7 @@ def positive_flow(
     wrapper = _Forward(module)
     names = {canonical_name(name): name for name, _ in wrapper.named_parameters()}
     constants = {name: _positive(full(p.detach()), dtype) for name, p in wrapper.named_parameters()}
-    constants.update(
-        {f"module.{name}": _positive(buffer, dtype) for name, buffer in buffers_of(module).items()}
-    )
+    constants.update({f"module.{name}": _positive(buffer, dtype) for name, buffer in buffers_of(module).items()})
     device = next(iter(constants.values())).device
     args, kwargs = _ones(arguments[0], dtype, device), _ones(arguments[1], dtype, device)
     with untouched(module), torch.compiler.set_stance("force_eager"):
@@ -84,9 +78,7 @@ def positive_flow(
 
         def flow(weights: Mapping[str, Tensor]) -> Tensor:
             given = {**constants, **{names[f"module.{name}"]: weight for name, weight in weights.items()}}
-            output = torch.func.functional_call(
-                wrapper, live_names(wrapper, given), args, kwargs, tie_weights=False
-            )
+            output = torch.func.functional_call(wrapper, live_names(wrapper, given), args, kwargs, tie_weights=False)
             return torch.stack([tensor.sum() for tensor in _floating(output)]).sum()
 
         yield flow
@@ -158,9 +150,7 @@ class SynFlow(InitialPruning):
         super().__init__(sparsity, at, scope, min_keep_per_layer, shuffle_within_layer, **common)
         self.rounds = check_integer("rounds", rounds, 1)
         self.input_shape = (
-            None
-            if input_shape is None
-            else tuple(check_integer("input_shape", size, 1) for size in input_shape)
+            None if input_shape is None else tuple(check_integer("input_shape", size, 1) for size in input_shape)
         )
         self.dtype = check_choice("dtype", dtype, tuple(_DTYPES))
 
@@ -186,11 +176,7 @@ class SynFlow(InitialPruning):
     def _arguments(self, context: Context) -> Arguments:
         if self.input_shape is not None:
             return (torch.ones(1, *self.input_shape),), {}
-        return (
-            context.example
-            if context.example is not None
-            else forward_arguments(context, " Give `input_shape`.")
-        )
+        return context.example if context.example is not None else forward_arguments(context, " Give `input_shape`.")
 
 
 def _warn_of_norms(module: nn.Module) -> None:

@@ -110,9 +110,7 @@ class LitClassifier(pl.LightningModule):
             return optimizer
         scheduler = self.make_scheduler(optimizer, **self._length_arguments(self.make_scheduler))
         # only ReduceLROnPlateau reads the monitor
-        config = LRSchedulerConfigType(
-            scheduler=scheduler, interval=self.scheduler_interval, monitor="val_loss"
-        )
+        config = LRSchedulerConfigType(scheduler=scheduler, interval=self.scheduler_interval, monitor="val_loss")
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
 
     def configure_model(self) -> None:
@@ -136,9 +134,7 @@ class LitClassifier(pl.LightningModule):
             )
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError(
-                "`max_epochs` must be finite for a scheduler that is given `total_steps`, got -1."
-            )
+            raise ValueError("`max_epochs` must be finite for a scheduler that is given `total_steps`, got -1.")
         return {"total_steps": int(steps)}
 
 

@@ -50,9 +50,7 @@ class Digits(ImageData):
         super().__init__(batch_size, num_workers, seed, subset)
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not check_fraction(name, value):
-                raise ValueError(
-                    f"`{name}` must be above 0, got {value!r}. Every class needs a sample in every part."
-                )
+                raise ValueError(f"`{name}` must be above 0, got {value!r}. Every class needs a sample in every part.")
         if val_fraction + test_fraction >= 1:
             raise ValueError(
                 f"`val_fraction` + `test_fraction` must be below 1, got {val_fraction + test_fraction}. "
@@ -68,9 +66,7 @@ class Digits(ImageData):
         digits = load_digits()
         x = ((torch.tensor(digits.images, dtype=torch.float32) / 16 - self.mean) / self.std).unsqueeze(1)
         y = digits.target
-        rest, test = train_test_split(
-            range(len(y)), test_size=self.test_fraction, stratify=y, random_state=self.seed
-        )
+        rest, test = train_test_split(range(len(y)), test_size=self.test_fraction, stratify=y, random_state=self.seed)
         val_fraction = self.val_fraction / (1 - self.test_fraction)
         train, val = train_test_split(rest, test_size=val_fraction, stratify=y[rest], random_state=self.seed)
         y = torch.tensor(y, dtype=torch.int64)

@@ -69,14 +69,10 @@ def read_idx(path: Path) -> Tensor:
 def _parse_idx(content: bytes, path: Path) -> Tensor:
     magic = content[:4]
     if len(magic) < 4 or magic[:3] != b"\0\0\x08" or magic[3] == 0:
-        raise ValueError(
-            f"`{path}` must start as an IDX file of bytes (00 00 08 ..), got {magic.hex(' ')!r}. {_AGAIN}"
-        )
+        raise ValueError(f"`{path}` must start as an IDX file of bytes (00 00 08 ..), got {magic.hex(' ')!r}. {_AGAIN}")
     start = 4 + 4 * magic[3]
     if len(content) < start:
-        raise ValueError(
-            f"`{path}` must name {magic[3]} dimensions, got {len(content)} bytes in all. {_AGAIN}"
-        )
+        raise ValueError(f"`{path}` must name {magic[3]} dimensions, got {len(content)} bytes in all. {_AGAIN}")
     shape = struct.unpack(f">{magic[3]}I", content[4:start])
     values = bytearray(content[start:])
     if len(values) != math.prod(shape):
@@ -189,8 +185,7 @@ def download_file(urls: Sequence[str], target: Path, sha256: str | None) -> None
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             failures.append(f"{url}: {error}")
     raise ConnectionError(
-        f"{target.name} could not be downloaded ({'; '.join(failures)}). "
-        f"Put it into {target.parent} yourself."
+        f"{target.name} could not be downloaded ({'; '.join(failures)}). Put it into {target.parent} yourself."
     )
 
 

@@ -40,9 +40,7 @@ class ImageData(pl.LightningDataModule):
     num_classes: int = 10
     input_shape: tuple[int, ...]
 
-    def __init__(
-        self, batch_size: int = 128, num_workers: int = 0, seed: int = 0, subset: int | None = None
-    ) -> None:
+    def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0, subset: int | None = None) -> None:
         super().__init__()
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.num_workers = check_integer("num_workers", num_workers, 0)
@@ -81,9 +79,7 @@ class ImageData(pl.LightningDataModule):
 
     def _loader(self, part: str, **options: Any) -> DataLoader:
         if self.parts is None:
-            raise RuntimeError(
-                f"{type(self).__name__} holds no data yet. Call `prepare_data()` and `setup()` first."
-            )
+            raise RuntimeError(f"{type(self).__name__} holds no data yet. Call `prepare_data()` and `setup()` first.")
         return DataLoader(
             TensorDataset(*getattr(self.parts, part)),
             batch_size=self.batch_size,
@@ -128,9 +124,7 @@ def hold_out(pair: Pair, val_size: int, seed: int) -> tuple[Pair, Pair]:
     """
     total = len(pair[1])
     if val_size >= total:
-        raise ValueError(
-            f"`val_size` must be below the {total} samples of the training file, got {val_size}."
-        )
+        raise ValueError(f"`val_size` must be below the {total} samples of the training file, got {val_size}.")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     val, train = order[:val_size], order[val_size:]
     return (pair[0][train], pair[1][train]), (pair[0][val], pair[1][val])

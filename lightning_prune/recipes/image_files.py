@@ -63,9 +63,7 @@ class FileData(ImageData):
         self.download = check_bool("download", download)
         self.checksums = {**self.known, **(checksums or {})}
         if unknown := sorted(set(self.checksums) - set(self.known)):
-            raise ValueError(
-                f"`checksums` must name files among {', '.join(self.known)}, got {', '.join(unknown)}."
-            )
+            raise ValueError(f"`checksums` must name files among {', '.join(self.known)}, got {', '.join(unknown)}.")
 
     @property
     def folders(self) -> list[Path]:
@@ -146,9 +144,7 @@ class MNIST(FileData):
         Raises:
             ValueError: if a file is damaged, or images and labels do not fit together.
         """
-        train_images, train_labels, test_images, test_labels = (
-            self._read(folder, name) for name in self.names
-        )
+        train_images, train_labels, test_images, test_labels = (self._read(folder, name) for name in self.names)
         return self._pair(train_images, train_labels), self._pair(test_images, test_labels)
 
     def _read(self, folder: Path, name: str) -> Tensor:
@@ -252,9 +248,7 @@ class CIFAR10(FileData):
         member = f"cifar-10-batches-py/{batch}"
         source = tar.extractfile(member) if member in tar.getnames() else None
         if source is None:
-            raise ValueError(
-                f"`{archive}` must hold {batch} as a regular file. Pass the archive of the public mirror."
-            )
+            raise ValueError(f"`{archive}` must hold {batch} as a regular file. Pass the archive of the public mirror.")
         with source, files.replacing(folder / batch) as target:
             shutil.copyfileobj(source, target)
 
@@ -270,9 +264,7 @@ class CIFAR10(FileData):
     def _read(self, path: Path) -> Pair:
         images, labels = files.read_cifar_batch(path)
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
-            raise ValueError(
-                f"`{path}` must have labels 0 to 9, got {int(labels.min())} to {int(labels.max())}."
-            )
+            raise ValueError(f"`{path}` must have labels 0 to 9, got {int(labels.min())} to {int(labels.max())}.")
         return images, labels
 
 

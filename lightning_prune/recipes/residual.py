@@ -76,9 +76,7 @@ class PreActBlock(nn.Module):
         return self.conv2(out) + skip
 
 
-def make_stages(
-    block: type[nn.Module], stem: int, channels: Sequence[int], blocks: int, option: str
-) -> nn.Sequential:
+def make_stages(block: type[nn.Module], stem: int, channels: Sequence[int], blocks: int, option: str) -> nn.Sequential:
     """Stack a stage of `blocks` blocks per entry of `channels`; all but the first start at stride 2."""
     stages, width = [], stem
     for index, out_channels in enumerate(channels):
@@ -190,9 +188,7 @@ def resnet56(in_channels: int = 3, num_classes: int = 10, width: int = 16, short
     return ResNet(9, in_channels, num_classes, width, shortcut)
 
 
-def preresnet20(
-    in_channels: int = 3, num_classes: int = 10, width: int = 16, shortcut: str = "A"
-) -> PreActResNet:
+def preresnet20(in_channels: int = 3, num_classes: int = 10, width: int = 16, shortcut: str = "A") -> PreActResNet:
     """Build the pre-activation ResNet-20 of He et al. (ECCV 2016): 269,722 parameters.
 
     Args:

@@ -53,9 +53,7 @@ def opened() -> Iterator[tuple[Losses, dict[str, Tensor], list[str]]]:
         yield losses(data), point_of(module), [name for name, p in module.named_parameters() if p.dim() > 1]
 
 
-def unrolled(
-    losses: Losses, start: Mapping[str, Tensor], sgd: InnerSGD, wanted: list[str]
-) -> dict[str, Tensor]:
+def unrolled(losses: Losses, start: Mapping[str, Tensor], sgd: InnerSGD, wanted: list[str]) -> dict[str, Tensor]:
     """The same meta-gradient by one graph through all steps (plain momentum)."""
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     point: dict[str, Tensor] = dict(leaves)
@@ -71,14 +69,10 @@ def unrolled(
 
 def peak_megabytes(call: Callable[[], Any], trace: Path) -> float:
     """Largest sum of bytes that `call` held at once."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     profile.export_chrome_trace(str(trace))
-    events = [
-        event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"
-    ]
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     held = highest = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]
@@ -96,9 +90,7 @@ def seconds(call: Callable[[], Any]) -> float:
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]
 
 
-def test_memory_does_not_grow_with_inner_steps_as_the_unrolled_graph_does(
-    opened: Any, tmp_path: Path
-) -> None:
+def test_memory_does_not_grow_with_inner_steps_as_the_unrolled_graph_does(opened: Any, tmp_path: Path) -> None:
     losses, start, wanted = opened
     peaks: dict[str, list[float]] = {"unrolled graph": [], "reverse sweep": [], "first order": []}
     rows = []
@@ -118,9 +110,7 @@ def test_memory_does_not_grow_with_inner_steps_as_the_unrolled_graph_does(
         cells = [f"{peaks[name][-1]:.1f} MB, {times[name]:.2f} s" for name in calls]
         ratio = times["reverse sweep"] / times["unrolled graph"]
         rows.append(f"| {steps} | {' | '.join(cells)} | {ratio:.2f} |")
-    print(
-        f"\n| steps | {' | '.join(peaks)} | time, sweep / unrolled |\n|---|---|---|---|---|", *rows, sep="\n"
-    )
+    print(f"\n| steps | {' | '.join(peaks)} | time, sweep / unrolled |\n|---|---|---|---|---|", *rows, sep="\n")
     assert peaks["reverse sweep"][-1] <= 1.3 * peaks["reverse sweep"][0]
     assert peaks["unrolled graph"][-1] >= 5 * peaks["unrolled graph"][0]
     assert ratio <= 1.4

@@ -65,9 +65,7 @@ def depthwise() -> nn.Module:
 
 
 def grouped() -> nn.Module:
-    return Net(
-        lambda net, x: net.c(net.g(net.a(x)).relu()), a=conv(3, 8), g=conv(8, 12, groups=4), c=conv(12, 2)
-    )
+    return Net(lambda net, x: net.c(net.g(net.a(x)).relu()), a=conv(3, 8), g=conv(8, 12, groups=4), c=conv(12, 2))
 
 
 def flattened() -> nn.Module:
@@ -99,9 +97,7 @@ def pixel_shuffle() -> nn.Module:
 
 
 def transposed() -> nn.Module:
-    return Net(
-        lambda net, x: net.b(net.t(net.a(x))), a=conv(3, 8), t=nn.ConvTranspose2d(8, 6, 2, 2), b=conv(6, 2)
-    )
+    return Net(lambda net, x: net.b(net.t(net.a(x))), a=conv(3, 8), t=nn.ConvTranspose2d(8, 6, 2, 2), b=conv(6, 2))
 
 
 def group_norm() -> nn.Module:
@@ -232,9 +228,7 @@ _GRU_TENSORS = {
     f"g.{kind}_{which}_l{number}{direction}.0": 3
     for kind in ("weight", "bias") for which in ("ih", "hh") for number in (0, 1) for direction in ("", "_reverse")
 }  # fmt: skip
-_GRU_TENSORS.update(
-    {f"g.weight_hh_l{number}{direction}.1": 1 for number in (0, 1) for direction in ("", "_reverse")}
-)
+_GRU_TENSORS.update({f"g.weight_hh_l{number}{direction}.1": 1 for number in (0, 1) for direction in ("", "_reverse")})
 _GRU_TENSORS.update({"g.weight_ih_l1.1": 2, "g.weight_ih_l1_reverse.1": 2, "o.weight.1": 2})
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]], Expected]] = {

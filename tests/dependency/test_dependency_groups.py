@@ -93,9 +93,7 @@ def test_a_rule_of_the_user_opens_an_unknown_operator(monkeypatch):
     from lightning_prune._dependency import walk
 
     monkeypatch.setattr(walk, "RULES", dict(walk.RULES))
-    net = Net(
-        lambda net, x: net.b(torch.special.i0e(net.a(x)).cummax(0)[0]), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
-    )
+    net = Net(lambda net, x: net.b(torch.special.i0e(net.a(x)).cummax(0)[0]), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
     del walk.RULES["cummax"]
     assert len(channel_groups(net, vectors())) == 0
 
@@ -222,10 +220,7 @@ class Calling(Forwarding):
 def test_lightning_module_with_a_batch_gives_the_groups_of_its_network(module, batch):
     plain = channel_groups(Plain(), vectors())
     groups = channel_groups(module(), batch)
-    expected = [
-        (units, {f"net.{name}": count for name, count in slices.items()})
-        for units, slices in described(plain)
-    ]
+    expected = [(units, {f"net.{name}": count for name, count in slices.items()}) for units, slices in described(plain)]
     assert described(groups) == expected
 
 
@@ -325,9 +320,7 @@ def test_global_random_state_is_left_alone():
 
 
 def test_example_of_the_wrong_shape_is_refused():
-    with pytest.raises(
-        ValueError, match=r"`example_input` must be accepted by Plain.forward, got \(float32\[4, 5\]\)"
-    ):
+    with pytest.raises(ValueError, match=r"`example_input` must be accepted by Plain.forward, got \(float32\[4, 5\]\)"):
         channel_groups(Plain(), torch.randn(4, 5))
 
 
@@ -355,11 +348,7 @@ class Untraceable(nn.Module):
         self.a = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            type(x) is not Tensor
-            or torch._guards.detect_fake_mode()
-            or torch.fx._symbolic_trace.is_fx_tracing()
-        ):
+        if type(x) is not Tensor or torch._guards.detect_fake_mode() or torch.fx._symbolic_trace.is_fx_tracing():
             raise RuntimeError("no tracing here")
         if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
             raise RuntimeError("no tracing here")
@@ -369,9 +358,7 @@ class Untraceable(nn.Module):
 
 
 def test_untraceable_module_keeps_the_reason_of_torch():
-    with pytest.raises(
-        ValueError, match=r"must be traceable, got Untraceable.*export: .*no tracing here"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"must be traceable, got Untraceable.*export: .*no tracing here") as caught:
         channel_groups(Untraceable(), vectors())
     assert "make_fx" in str(caught.value)
     assert "Nothing was changed" in str(caught.value)

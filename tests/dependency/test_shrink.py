@@ -33,9 +33,7 @@ def random_units(groups: ChannelGroups, seed: int) -> dict[str, Tensor]:
 
 def masked_copy(module: nn.Module, groups: ChannelGroups, units: dict[str, Tensor]) -> nn.Module:
     twin = copy.deepcopy(module)
-    mask_units(
-        twin, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()}
-    )
+    mask_units(twin, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()})
     return twin
 
 
@@ -364,9 +362,7 @@ def test_a_plan_of_another_model_changes_nothing():
     plan = report_of(shrink(NETS["residual"][0](), images(), {"a": torch.arange(8) < 3})).plan
     other = NETS["concatenated"][0]()
     before = snapshot(other)
-    with pytest.raises(
-        ValueError, match=r"`module` must have 'b.weight' of shape \(8, 8, 3, 3\)|'a.weight' of shape"
-    ):
+    with pytest.raises(ValueError, match=r"`module` must have 'b.weight' of shape \(8, 8, 3, 3\)|'a.weight' of shape"):
         plan.apply(other)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
@@ -443,7 +439,5 @@ def test_tensors_cached_by_a_forward_pass_do_not_go_stale():
 
 def test_time_spent_leaves_the_module_whole():
     small = shrink(NETS["heads"][0](), NETS["heads"][1](), {"q": torch.arange(4) < 2}, time_limit=1e-9)
-    assert report_of(small).refused == {"q": "the time limit was spent"} or report_of(small).units == {
-        "q": (4, 2)
-    }
+    assert report_of(small).refused == {"q": "the time limit was spent"} or report_of(small).units == {"q": (4, 2)}
     small(*NETS["heads"][1]())

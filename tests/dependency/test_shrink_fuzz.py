@@ -48,9 +48,7 @@ def _conv(inputs: int, outputs: int, groups: int = 1, size: int = 3) -> nn.Conv2
 
 def _plain(draw: random.Random, width: int) -> tuple[nn.Module, int]:
     out = draw.choice([4, 6, 8])
-    norm = draw.choice(
-        [nn.BatchNorm2d(out), nn.GroupNorm(2, out), nn.Identity(), nn.InstanceNorm2d(out, affine=True)]
-    )
+    norm = draw.choice([nn.BatchNorm2d(out), nn.GroupNorm(2, out), nn.Identity(), nn.InstanceNorm2d(out, affine=True)])
     return nn.Sequential(_conv(width, out), norm, draw.choice([nn.ReLU(), nn.PReLU(out), nn.Sigmoid()])), out
 
 
@@ -66,9 +64,7 @@ def _pair(draw: random.Random, width: int) -> tuple[nn.Module, int]:
 
 def _inverted(draw: random.Random, width: int) -> tuple[nn.Module, int]:
     wide, out = 2 * width, draw.choice([4, 8])
-    return nn.Sequential(
-        _conv(width, wide, size=1), nn.ReLU6(), _conv(wide, wide, wide), _conv(wide, out, size=1)
-    ), out
+    return nn.Sequential(_conv(width, wide, size=1), nn.ReLU6(), _conv(wide, wide, wide), _conv(wide, out, size=1)), out
 
 
 def _grouped(draw: random.Random, width: int) -> tuple[nn.Module, int]:

@@ -39,9 +39,7 @@ def shrunk() -> tuple[nn.Module, nn.Module, Tensor]:
         "blocks.1.qkv": torch.tensor([False, True, True, False]),
     }
     small = shrink(module, x, units, groups)
-    mask_units(
-        module, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()}
-    )
+    mask_units(module, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()})
     return module, small, x
 
 

@@ -59,9 +59,7 @@ def resnet50() -> nn.Module:
 
 def test_resnet50_is_analysed_and_shrunk_within_its_budget():
     module, x = resnet50(), torch.randn(1, 3, 224, 224)
-    channel_groups(
-        nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), torch.randn(2, 2)
-    )  # imports of torch.export
+    channel_groups(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), torch.randn(2, 2))  # imports of torch.export
     memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     groups = channel_groups(module, x)
     units = {group.name: torch.arange(len(group)) < len(group) // 2 for group in groups}

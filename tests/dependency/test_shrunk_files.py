@@ -16,9 +16,7 @@ def test_saved_module_comes_back_equal(tmp_path, name):
     factory, example, expected = NETS[name]
     module, inputs = factory(), example()
     count = max(units for units, _ in expected)
-    small = shrink(
-        module, inputs, {group: torch.arange(n) < n // 2 for group, n in _groups(name, count).items()}
-    )
+    small = shrink(module, inputs, {group: torch.arange(n) < n // 2 for group, n in _groups(name, count).items()})
     path = tmp_path / "small.safetensors"
     save_shrunk(small, path)
     back = load_shrunk(factory, path)

@@ -104,9 +104,7 @@ MODELS: list[tuple[Callable[[str], tuple[nn.Module, tuple[Any, ...]]], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("make", "name"), MODELS, ids=[f"{make.__name__[1:]}-{name}" for make, name in MODELS]
-)
+@pytest.mark.parametrize(("make", "name"), MODELS, ids=[f"{make.__name__[1:]}-{name}" for make, name in MODELS])
 def test_a_foreign_model_loses_half_its_units_and_agrees_with_its_mask(make, name, capsys):
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -120,9 +118,7 @@ def test_a_foreign_model_loses_half_its_units_and_agrees_with_its_mask(make, nam
     kept = {name: int(units[name].sum()) for name in report.units}
     with capsys.disabled():
         share = report.params[1] / report.params[0]
-        print(
-            f"\n{name}: {len(report.units)} of {len(groups)} groups cut, {share:.2f} of the parameters kept"
-        )
+        print(f"\n{name}: {len(report.units)} of {len(groups)} groups cut, {share:.2f} of the parameters kept")
         for group, why in report.refused.items():
             print(f"  {group} stayed whole: {why}")
     assert groups.report.faults == ()

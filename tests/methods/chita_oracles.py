@@ -15,9 +15,7 @@ SOLVERS = {
 }
 
 
-def draw(
-    seed: int, n: int = 8, p: int = 12, ridge: float = 0.0125, step: float = 0.0, own: bool = False
-) -> Quadratic:
+def draw(seed: int, n: int = 8, p: int = 12, ridge: float = 0.0125, step: float = 0.0, own: bool = False) -> Quadratic:
     """A random problem in float64; the default ridge is mu = 0.05 at n = 8."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, p, generator=generator, dtype=torch.float64)

@@ -147,9 +147,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (lambda: convolutional(False, 0.0), (2, 6, 6)),
     "batch norm and dropout": (lambda: convolutional(True, 0.3), (2, 6, 6)),
     "spectral norm": (
-        lambda: nn.Sequential(
-            nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)
-        ),
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)),
         (6,),
     ),
     "lstm": (Recurrent, (4, 3)),
@@ -168,9 +166,7 @@ def objective_of(network: nn.Module, shape: tuple[int, ...], batches: int = 5, s
 
 
 @contextmanager
-def opened(
-    network: str, backend: str = "reverse_over_reverse", **arguments: Any
-) -> Iterator[tuple[Losses, Point]]:
+def opened(network: str, backend: str = "reverse_over_reverse", **arguments: Any) -> Iterator[tuple[Losses, Point]]:
     """The losses of a named network on five batches, and its parameters."""
     make, shape = NETWORKS[network]
     objective = objective_of(make(), shape)

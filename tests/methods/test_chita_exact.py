@@ -32,9 +32,7 @@ def test_single_precision_agrees_with_double(factor: float, first_order: str, k:
     rows = torch.randn(40, 10, generator=generator) @ torch.randn(10, 400, generator=generator)
     rows = rows + 0.1 * torch.randn(40, 400, generator=generator)
     center = torch.randn(400, generator=generator)
-    gradient = {"own": torch.randn(400, generator=generator), "own in the row space": rows.mean(0)}.get(
-        first_order
-    )
+    gradient = {"own": torch.randn(400, generator=generator), "own in the row space": rows.mean(0)}.get(first_order)
     step = 0.0 if first_order == "none" else 0.1
     problem = Quadratic(rows, center, relative_ridge(rows, factor), step, gradient)
     support = random_mask(400, k, k)

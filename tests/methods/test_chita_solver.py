@@ -60,9 +60,7 @@ def test_no_gradients_leave_exactly_magnitude_pruning(solver) -> None:
 def test_an_overwhelming_ridge_leaves_magnitude_pruning() -> None:
     problem = draw(3, ridge=1e12)
     solution = solve_iht(problem, 5)
-    torch.testing.assert_close(
-        solution.weights, problem.center * magnitude_support(problem, 5), rtol=1e-9, atol=0.0
-    )
+    torch.testing.assert_close(solution.weights, problem.center * magnitude_support(problem, 5), rtol=1e-9, atol=0.0)
 
 
 def test_deleting_one_weight_is_the_optimal_brain_surgeon() -> None:
@@ -109,9 +107,7 @@ def test_sherman_morrison_over_the_rows_gives_the_same_solution() -> None:
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_nothing_beats_the_optimum_over_all_supports(solver) -> None:
     for problem in mixed(9, n=5, p=8):
-        best = min(
-            naive_value(problem, naive_solve(problem, mask_of(8, kept))) for kept in combinations(range(8), 4)
-        )
+        best = min(naive_value(problem, naive_solve(problem, mask_of(8, kept))) for kept in combinations(range(8), 4))
         solution = solver(problem, 4)
         assert solution.objective >= best - 1e-9
         assert solution.objective == pytest.approx(naive_value(problem, solution.weights), abs=1e-9)
@@ -188,9 +184,7 @@ def test_permuting_coordinates_permutes_the_solution(solver) -> None:
     for seed, problem in enumerate(mixed(12)):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
         gradient = None if problem.gradient is None else problem.gradient[order]
-        other = Quadratic(
-            problem.rows[:, order], problem.center[order], problem.ridge, problem.step, gradient
-        )
+        other = Quadratic(problem.rows[:, order], problem.center[order], problem.ridge, problem.step, gradient)
         torch.testing.assert_close(solver(other, 5).weights, solver(problem, 5).weights[order])
 
 

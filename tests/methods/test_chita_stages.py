@@ -84,9 +84,7 @@ def test_the_metric_applies_the_dense_inverse_on_the_support(k: int) -> None:
         expected = torch.zeros(p, dtype=torch.float64)
         own = Quadratic(problem.rows, problem.center, problem.ridge, 0.3, gradient)
         expected[support] = -torch.linalg.solve(hessian(problem)[support][:, support], slope(own)[support])
-        torch.testing.assert_close(
-            Metric(problem, support_system(problem, support)).direction(gradient), expected
-        )
+        torch.testing.assert_close(Metric(problem, support_system(problem, support)).direction(gradient), expected)
 
 
 class Bowl:
@@ -185,9 +183,7 @@ def test_no_refits_leave_the_weights_and_ask_for_no_gradient() -> None:
 
 @pytest.mark.parametrize(("best", "guess"), [(1.0, 1.0), (8.0, 1.0), (0.0625, 1.0), (2.0, 0.125)])
 def test_the_line_search_finds_the_power_of_two_at_the_minimum(best: float, guess: float) -> None:
-    found = line_search(
-        torch.zeros(1), torch.ones(1), lambda w: (float(w) - best) ** 2 if w < 100 else math.nan, guess
-    )
+    found = line_search(torch.zeros(1), torch.ones(1), lambda w: (float(w) - best) ** 2 if w < 100 else math.nan, guess)
     assert found == best
 
 
@@ -213,9 +209,7 @@ def test_refit_settings_out_of_range_are_refused(change: dict[str, float], messa
 # --- one stage --------------------------------------------------------------------------------------------------
 
 
-def stage_of(
-    problem: Quadratic, k: int, samples: int = 4, loss: Callable[[Tensor], float] = lambda w: 0.0, **settings
-):
+def stage_of(problem: Quadratic, k: int, samples: int = 4, loss: Callable[[Tensor], float] = lambda w: 0.0, **settings):
     given = StageSettings(**{"metric": 0.0, "refit": PLAIN} | settings)
     rows = problem.rows.clone()
     unused = pytest.fail

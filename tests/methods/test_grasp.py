@@ -23,9 +23,7 @@ def quadratic(count: int = 1) -> tuple[Losses, list[Tensor], list[Tensor], Tenso
     matrices = [half @ half.T for half in halves]
     vectors = list(torch.randn(count, 6, generator=generator, dtype=torch.float64))
     weight = torch.randn(6, generator=generator, dtype=torch.float64)
-    losses = Losses(
-        lambda t: [lambda theta: 0.5 * theta["w"] @ matrices[t] @ theta["w"] - vectors[t] @ theta["w"]]
-    )
+    losses = Losses(lambda t: [lambda theta: 0.5 * theta["w"] @ matrices[t] @ theta["w"] - vectors[t] @ theta["w"]])
     return losses, matrices, vectors, weight
 
 
@@ -135,9 +133,7 @@ def test_a_balanced_batch_takes_the_first_samples_of_every_class() -> None:
 
 
 def test_a_class_without_enough_samples_is_named() -> None:
-    with pytest.raises(
-        ValueError, match="asks for more samples of class 1, 2 than one pass over the data holds"
-    ):
+    with pytest.raises(ValueError, match="asks for more samples of class 1, 2 than one pass over the data holds"):
         balanced_batch(stream_of([[0, 1], [0, 2]]), 2, 3)
 
 

@@ -96,9 +96,7 @@ def test_a_loss_that_is_linear_has_no_curvature() -> None:
 def test_an_exploding_inner_loop_names_the_step_and_advises_a_smaller_rate() -> None:
     losses = losses_of(lambda step, theta: theta["w"].square().sum().exp())
     start = {"w": torch.tensor([2.0])}
-    with pytest.raises(
-        ValueError, match=r"not finite after 1 of 3 inner steps, got .*Choose `inner_lr` below 0.5"
-    ):
+    with pytest.raises(ValueError, match=r"not finite after 1 of 3 inner steps, got .*Choose `inner_lr` below 0.5"):
         meta_gradient(losses, start, InnerSGD(3, 0.5), ["w"])
 
 
@@ -110,9 +108,7 @@ def test_a_loss_that_is_not_finite_at_the_start_blames_the_data() -> None:
 
 def test_an_overflow_on_the_way_back_names_the_step() -> None:
     flat = torch.tensor([1.0])  # no slope at the start, hence no motion, but a curvature that multiplies up
-    losses = losses_of(
-        lambda t, theta: theta["w"].sum() if t == 2 else 1e25 * (theta["w"] - flat).square().sum()
-    )
+    losses = losses_of(lambda t, theta: theta["w"].sum() if t == 2 else 1e25 * (theta["w"] - flat).square().sum())
     with pytest.raises(ValueError, match=r"not finite at inner step 0 of 2\. Choose `inner_lr` below 1"):
         meta_gradient(losses, {"w": torch.tensor([1.0])}, InnerSGD(2, 1.0), ["w"])
 

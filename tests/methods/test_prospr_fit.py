@@ -41,9 +41,7 @@ class Counting(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
-        )
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
         self.metric = MeanMetric()
         self.body[1].bias.requires_grad_(False)
 
@@ -119,9 +117,7 @@ def test_only_selected_weights_change_and_only_to_zero(tiny: Any, loader: DataLo
         assert torch.equal(value, before[name] * masks[name] if name in masks else before[name])
 
 
-def test_masks_depend_on_the_seed_and_not_on_the_global_generator(
-    tiny_class: Any, loader: DataLoader
-) -> None:
+def test_masks_depend_on_the_seed_and_not_on_the_global_generator(tiny_class: Any, loader: DataLoader) -> None:
     skip = 0
 
     def make() -> Any:
@@ -148,9 +144,7 @@ def test_a_resumed_fit_does_not_score_again(
     trainer_of(pruner(), max_epochs=2).fit(other, loader, ckpt_path=tmp_path / "last.ckpt")
     assert same(MaskManager.of(module).masks, MaskManager.of(other).masks)
     assert all(
-        not p[~MaskManager.of(other).masks[n]].any()
-        for n, p in other.named_parameters()
-        if n.endswith("head.weight")
+        not p[~MaskManager.of(other).masks[n]].any() for n, p in other.named_parameters() if n.endswith("head.weight")
     )
 
 
@@ -223,9 +217,7 @@ def test_variants_that_only_save_memory_change_no_mask(tiny_class: Any, loader: 
 
 def test_no_inner_rate_takes_that_of_the_optimizer(tiny_class: Any, loader: DataLoader) -> None:
     callback = pruner(inner_lr=None)
-    assert same(
-        masks_after(tiny_class, loader, callback), masks_after(tiny_class, loader, pruner(inner_lr=0.05))
-    )
+    assert same(masks_after(tiny_class, loader, callback), masks_after(tiny_class, loader, pruner(inner_lr=0.05)))
     assert any(note.endswith("with inner_lr 0.05.") for note in callback.history[0]["notes"])
 
 
@@ -355,9 +347,7 @@ def test_two_ranks_score_as_one_process_with_their_batches_together(
     trainer = trainer_of(callback, Record(tmp_path), strategy="ddp_fork", devices=2)
     trainer.fit(make(), DataLoader(dataset, batch_size=4))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    order = torch.randperm(
-        24, generator=torch.Generator().manual_seed(0)
-    )  # ranks take every second sample of it
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))  # ranks take every second sample of it
     together = [tuple(tensor[part] for tensor in dataset.tensors) for part in order.split(8)]
     alone = make()
     prune(alone, pruner(steps=2, inner_weight_decay=0.01), together, entropy)

@@ -98,9 +98,7 @@ def test_a_training_step_without_a_loss_is_refused(tiny_class: Any, loader: Data
         def training_step(self, batch: Any, batch_idx: int) -> None:
             return None
 
-    refused_fit(
-        Silent(), loader, pruner(), "`training_step` must return a scalar loss tensor, got 'NoneType'"
-    )
+    refused_fit(Silent(), loader, pruner(), "`training_step` must return a scalar loss tensor, got 'NoneType'")
 
 
 def test_manual_optimization_needs_a_loss_function(tiny_class: Any, loader: DataLoader) -> None:
@@ -130,9 +128,7 @@ def test_a_parameter_held_a_second_time_is_named(tiny_class: Any, loader: DataLo
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return entropy(self, batch) + sum(weight.square().sum() for weight in self.penalized)
 
-    refused_fit(
-        Hoarder(), loader, pruner(), "uses the parameter 'hidden.weight' .* attribute 'penalized' holds it"
-    )
+    refused_fit(Hoarder(), loader, pruner(), "uses the parameter 'hidden.weight' .* attribute 'penalized' holds it")
 
 
 def test_a_warm_up_from_zero_needs_a_rate(tiny_class: Any, loader: DataLoader) -> None:

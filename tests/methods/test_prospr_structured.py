@@ -145,9 +145,7 @@ def scores_of(module: nn.Module, gate: str) -> dict[str, Tensor]:
     groups = channel_groups(module, images.to(loss.dtype))
     units = ChannelUnits(module, groups, norms_after(loss, leaves), gate, alive)
     slopes = torch.autograd.grad(loss, [leaves[name] for name in units.wanted])
-    return units.scores(
-        {n: (leaves[n] * slope).detach() for n, slope in zip(units.wanted, slopes, strict=True)}
-    )
+    return units.scores({n: (leaves[n] * slope).detach() for n, slope in zip(units.wanted, slopes, strict=True)})
 
 
 def test_the_gate_after_the_norm_equals_the_gate_at_the_consumer_without_inner_steps() -> None:
@@ -177,9 +175,7 @@ def test_the_gate_before_the_norm_sees_next_to_nothing() -> None:
     module[0].bias = None
     with torch.no_grad():
         module[0].weight.mul_(10)  # away from the norm's epsilon
-    assert float(scores_of(module, "weight")["0"].max()) < 1e-3 * float(
-        scores_of(module, "output")["0"].max()
-    )
+    assert float(scores_of(module, "weight")["0"].max()) < 1e-3 * float(scores_of(module, "output")["0"].max())
 
 
 def test_the_meta_gradient_of_a_channel_is_the_derivative_by_its_gate() -> None:
@@ -297,9 +293,7 @@ def test_groups_that_run_through_other_weights_stay_whole() -> None:
 
 
 def test_nothing_to_prune_is_refused_with_the_reason() -> None:
-    with pytest.raises(
-        ValueError, match=r"finds no channel to prune: .*such as '4\.weight'\. Use structured=False"
-    ):
+    with pytest.raises(ValueError, match=r"finds no channel to prune: .*such as '4\.weight'\. Use structured=False"):
         prune(chain(), ProsPr(sparsity=0.5, structured=True, include=["0"]), batches(), entropy)
     lonely = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     with pytest.raises(ValueError, match=r"finds no channel to prune: '1\.weight': it is an output"):

@@ -172,9 +172,7 @@ def test_densities_fall_by_equal_factors_and_end_exactly() -> None:
 
 def rank_against_the_last_round(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scores that prefer what was pruned before."""
-    return {
-        name: torch.where(mask, torch.arange(8.0), torch.arange(8.0) + 10) for name, mask in masks.items()
-    }
+    return {name: torch.where(mask, torch.arange(8.0), torch.arange(8.0) + 10) for name, mask in masks.items()}
 
 
 def test_pruned_entries_stay_pruned_unless_they_may_regrow() -> None:
@@ -215,9 +213,7 @@ def test_batches_of_other_shapes_are_not_joined() -> None:
 
 
 def test_a_short_data_set_is_read_again_and_says_so() -> None:
-    stream = BatchStream(
-        Objective(nn.Linear(1, 1), lambda count: [1, 2, 3], loss_fn=lambda module, batch: batch)
-    )
+    stream = BatchStream(Objective(nn.Linear(1, 1), lambda count: [1, 2, 3], loss_fn=lambda module, batch: batch))
     assert stream.take(3) == [1, 2, 3]
     assert stream.notes() == []
     assert stream.take(2) == [1, 2]
@@ -250,9 +246,7 @@ def test_the_bar_appears_only_when_work_turns_out_long(monkeypatch: pytest.Monke
 # the callback
 
 
-def test_a_fit_starts_from_the_pruned_weights_with_the_highest_sensitivity(
-    tiny: Any, loader: DataLoader
-) -> None:
+def test_a_fit_starts_from_the_pruned_weights_with_the_highest_sensitivity(tiny: Any, loader: DataLoader) -> None:
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     seen: dict[str, Tensor] = {}
 
@@ -278,9 +272,7 @@ def test_the_callback_keeps_what_the_gradient_of_its_first_batch_says(tiny: Any,
     names = ["conv.weight", "hidden.weight", "head.weight"]
     weights = [dict(tiny.named_parameters())[name] for name in names]
     loss = nn.functional.cross_entropy(tiny(batches[0][0]), batches[0][1])
-    scores = [
-        (w * g).abs().detach() for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True)
-    ]
+    scores = [(w * g).abs().detach() for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True)]
     order = torch.cat([score.flatten() for score in scores]).argsort(descending=True, stable=True)[:94]
     prune(tiny, SNIP(sparsity=0.5, min_keep_per_layer=0), batches)
     masks = MaskManager.of(tiny).masks

@@ -96,9 +96,7 @@ def test_signs_of_weights_and_buffers_do_not_matter(tiny: Any) -> None:
     with torch.no_grad():
         tiny.hidden.weight.neg_()
     with positive_flow(tiny, example) as flow:
-        assert torch.equal(
-            synflow_scores(flow, {"conv.weight": -weights["conv.weight"]})["conv.weight"], plain
-        )
+        assert torch.equal(synflow_scores(flow, {"conv.weight": -weights["conv.weight"]})["conv.weight"], plain)
 
 
 def test_the_module_is_left_as_it_was(tiny_class: Any, loader: DataLoader) -> None:

@@ -15,11 +15,7 @@ from torch import Tensor
 
 def idx_bytes(values: Tensor) -> bytes:
     """Encode a uint8 tensor as an IDX file."""
-    return (
-        bytes([0, 0, 8, values.ndim])
-        + struct.pack(f">{values.ndim}I", *values.shape)
-        + values.numpy().tobytes()
-    )
+    return bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.numpy().tobytes()
 
 
 def random_images(count: int, seed: int, *shape: int) -> tuple[Tensor, Tensor]:
@@ -58,13 +54,7 @@ def cifar_bytes(images: Tensor, labels: Tensor, dtype: bytes = b"u1", fortran: b
     kind = b"cnumpy\ndtype\n" + python2_string(dtype) + b"K\x00K\x01\x87R"
     kind += b"(K\x03" + python2_string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     shape = b"J" + struct.pack("<i", images.shape[0]) + b"J" + struct.pack("<i", images.shape[1]) + b"\x86"
-    state = (
-        b"(K\x01"
-        + shape
-        + kind
-        + (b"\x88" if fortran else b"\x89")
-        + python2_string(images.numpy().tobytes())
-    )
+    state = b"(K\x01" + shape + kind + (b"\x88" if fortran else b"\x89") + python2_string(images.numpy().tobytes())
     listed = b"](" + b"".join(b"K" + bytes([label]) for label in labels.tolist()) + b"e"
     entries = python2_string(b"data") + array + state + b"tb" + python2_string(b"labels") + listed
     return b"\x80\x02}(" + entries + b"u."

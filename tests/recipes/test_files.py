@@ -110,9 +110,7 @@ class Call:
 
 @pytest.mark.parametrize("protocol", range(5))
 @pytest.mark.parametrize("function", [os.mkdir, os.system, eval], ids=lambda f: f.__name__)
-def test_a_pickle_that_calls_a_function_is_refused_and_nothing_runs(
-    tmp_path: Path, protocol: int, function: Any
-):
+def test_a_pickle_that_calls_a_function_is_refused_and_nothing_runs(tmp_path: Path, protocol: int, function: Any):
     made = tmp_path / "made"
     argument = {"mkdir": str(made), "system": f"mkdir {made}"}.get(
         function.__name__, f"__import__('os').mkdir({str(made)!r})"
@@ -219,9 +217,7 @@ def test_the_second_mirror_serves_when_the_first_does_not(tmp_path: Path):
 
 def test_no_mirror_is_one_error_that_names_the_folder(tmp_path: Path):
     target = tmp_path / "new" / "target"
-    with pytest.raises(
-        ConnectionError, match=r"target could not be downloaded .*gone.*Put it into .*new yourself"
-    ):
+    with pytest.raises(ConnectionError, match=r"target could not be downloaded .*gone.*Put it into .*new yourself"):
         files.download_file([(tmp_path / "gone").as_uri()], target, "0" * 64)
     assert list(target.parent.iterdir()) == []
 

@@ -184,9 +184,7 @@ def test_the_archive_of_cifar10_is_downloaded_and_unpacked(tmp_path: Path):
     write_cifar(server / "batches")
     checksum = write_cifar_archive(server / "cifar-10-python.tar.gz", server / "batches")
     checksums = {"cifar-10-python.tar.gz": checksum}
-    data = CIFAR10(
-        str(tmp_path / "root"), val_size=5, download=True, mirror=server.as_uri(), checksums=checksums
-    )
+    data = CIFAR10(str(tmp_path / "root"), val_size=5, download=True, mirror=server.as_uri(), checksums=checksums)
     assert len(ready(data).parts.train[1]) == 35
     assert sorted(path.name for path in data.find().iterdir()) == sorted(CIFAR10.names)
 
@@ -222,9 +220,7 @@ def test_every_augmented_image_is_a_shifted_window_of_the_padded_one_or_its_mirr
                 for top in range(5)
                 for left in range(5)
                 for mirrored in (False, True)
-                if torch.equal(
-                    out.flip(-1) if mirrored else out, padded[index, :, top : top + 6, left : left + 5]
-                )
+                if torch.equal(out.flip(-1) if mirrored else out, padded[index, :, top : top + 6, left : left + 5])
             ]
             assert len(matches) == 1
             seen.update(matches)
