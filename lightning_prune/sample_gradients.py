@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune.batch_norm import batch_norms
 from lightning_prune.batches import batch_length, map_batch, regroup, slice_batch
 from lightning_prune.checks import check_choice, check_integer
 from lightning_prune.masks import full
@@ -173,6 +174,34 @@ class GradientSource:
                 raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
         with torch.no_grad():
             return float(evaluate(self.step, self.parameters, self.buffers, self._held, check=False))
+
+    def refit_batch_norm(self, samples: int) -> None:
+        """Re-estimate the BatchNorm statistics that gradients are taken with, at the current weights.
+
+        The live module keeps its own; without BatchNorm nothing happens.
+
+        Args:
+            samples: calibration samples, >= 1.
+        """
+        module: nn.Module = self.step.get_submodule("module")
+        norms = batch_norms(module)
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for path, norm in module.named_modules():
+            if norm in norms:
+                for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("num_batches_tracked", 0)):
+                    self.buffers[f"{path}.{name}" if path else name].fill_(value)
+                norm.momentum = None  # a plain mean over all batches
+                norm.train()
+        try:
+            with torch.no_grad():
+                for batch, _ in self._take(check_integer("samples", samples, 1)):
+                    evaluate(self.step, self.parameters, self.buffers, batch, check=False)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+                norm.eval()
 
     def _take(self, samples: int) -> Iterator[tuple[Any, int]]:
         """Parts of the stream that add up to `samples`; what is left of the last batch waits for the next call."""

@@ -229,3 +229,20 @@ def test_a_source_evaluates_at_other_weights_and_leaves_the_module_alone() -> No
     assert value == pytest.approx(float(expected.detach()), abs=1e-12)
     assert torch.allclose(grad, torch.autograd.grad(expected, zero.weight)[0].flatten().float(), atol=1e-6)
     assert torch.equal(net.weight, before)
+
+
+def test_statistics_of_a_source_are_those_of_the_current_weights() -> None:
+    net = conv_net().eval()
+    source = objective(net, (2, 8, 8), count=16, size=8)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with GradientSource(source, ["0.weight"]) as stream:
+        stream.at(torch.zeros(net[0].weight.numel(), dtype=torch.float64))
+        stream.refit_batch_norm(16)
+        mean = stream.buffers["1.running_mean"].clone()
+        stream.at(net[0].weight.detach().flatten())
+        stream.refit_batch_norm(16)
+    assert bool((mean == 0).all())  # a convolution of zeros without bias
+    inner = torch.cat([net[0](batch[0]) for batch in source.batches(None)])
+    assert torch.allclose(stream.buffers["1.running_mean"], inner.mean((0, 2, 3)).detach())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert (net[1].momentum, net[1].training) == (0.1, False)

@@ -8,6 +8,8 @@ of growing sparsity (section 4). Problem, solvers and stages are in the private 
 Departures from the paper, each with its reason:
 - `ridge` is a multiple of the mean squared norm of the gradient rows, so that one default serves networks of all scales.
 - Weights are measured in units of their own gradients (`metric`), so that no layer is favoured for its scale.
+- With BatchNorm, statistics are re-estimated inside a stage, before the kept weights are refitted to them.
+- A stage that does worse on held-out samples than the largest weights alone gives way to them.
 - After a stage the kept weights are refitted (`refits`): the quadratic is centred anew on the gradient of a fresh batch,
   with the factorisation that is already there. It is training data well used, not pruning; `refits=0` leaves it out.
 - The first-order term may come from a larger batch of its own (`gradient_samples`).
@@ -27,6 +29,7 @@ from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.batch_norm import batch_norms
 from lightning_prune.checks import check_bool, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
 from lightning_prune.methods._chita_problem import Quadratic, keep_largest, relative_ridge
@@ -80,19 +83,32 @@ def prune_in_stages(
         source.at(at)
         return source.held_loss(refit_samples)
 
-    length = 1.0
+    def settled_loss(at: Tensor) -> float:
+        source.at(at)
+        source.refit_batch_norm(refit_samples)
+        return source.held_loss(refit_samples)
+
+    length, normed = 1.0, bool(batch_norms(source.objective.module))
     for sparsity in sparsities:
         source.at(weights)
         matrix = source.rows(rows, samples_per_row, dtype)
         mean = source.mean(gradient_samples)[1] if gradient_samples and settings.first_order else None
         k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
-        safe = weights * magnitude_mask(weights, k, alive)
-        stage = run_stage(weights, k, matrix, samples_per_row, gradient, loss, settings, _or_none(alive), length, mean)
-        if not loss(stage.weights) <= loss(safe):
-            # the quadratic does not hold so far out: keep the best weights alone, and refit nothing
-            kept = magnitude_mask(weights, k, alive)
-            stage = replace(stage, weights=safe, support=kept, movement=float((safe - weights).norm()), length=1.0)
+        first = settings if not normed else replace(settings, refit=replace(settings.refit, count=0))
+        stage = run_stage(weights, k, matrix, samples_per_row, gradient, loss, first, _or_none(alive), length, mean)
+        kept = magnitude_mask(weights, k, alive)
+        if not settled_loss(stage.weights) <= settled_loss(weights * kept):
+            # the quadratic does not hold so far out: keep the largest weights as they are
+            stage = replace(stage, weights=weights * kept, support=kept, length=1.0)
             on_fallback(sparsity)
+        if normed and settings.refit.count and k:
+            # statistics first, then weights: refits at statistics that pruning has made wrong would be lost with them
+            before = settled_loss(stage.weights)
+            matrix = source.rows(rows, samples_per_row, dtype)
+            again = run_stage(
+                stage.weights, k, matrix, samples_per_row, gradient, loss, settings, stage.support, length
+            )
+            stage = again if loss(again.weights) <= before else stage
         yield stage
         weights, length = stage.weights, stage.length
 
@@ -249,8 +265,8 @@ class CHITA(OneShotPruning):
         notes = [note]
         if fallbacks:
             notes.append(
-                f"{len(fallbacks)} stage(s) fell back to magnitude pruning, where the quadratic did worse on held-out samples. "
-                "Use more stages, a larger ridge or fewer refits."
+                f"{len(fallbacks)} stage(s) chose by magnitude, where the quadratic did worse on held-out samples. "
+                "More stages or a larger ridge may help."
             )
         return Proposal(masks, values, notes)
 
