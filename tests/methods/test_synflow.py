@@ -60,14 +60,15 @@ def test_masked_weights_carry_no_flow() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*keeps less than 1 %")
-def test_many_rounds_keep_every_layer_where_one_round_empties_some() -> None:
+@pytest.mark.parametrize("sparsity", [0.99, 0.995, 0.999])
+def test_many_rounds_keep_every_layer_where_one_round_empties_some(sparsity: float) -> None:
     emptied = {}
     for rounds in (1, 100):
         torch.manual_seed(0)
         module = perceptron()
         prune(
             module,
-            SynFlow(sparsity=0.995, rounds=rounds, min_keep_per_layer=0),
+            SynFlow(sparsity=sparsity, rounds=rounds, min_keep_per_layer=0),
             example_input=torch.ones(1, 64),
         )
         emptied[rounds] = sum(not bool(mask.any()) for mask in MaskManager.of(module).masks.values())
