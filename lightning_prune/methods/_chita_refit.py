@@ -125,8 +125,8 @@ def refit(
     """Step along fresh gradients on a fixed support, with momentum and a step length found by line search.
 
     v <- momentum v + length_t metric(g(w)),  w <- w + v. A batch whose loss is far above the best seen, or not finite,
-    takes the best weights back and halves the length. Returned is the first of: mean of the second half, last and best
-    weights, start, whose calibration loss is hardly above the lowest of them.
+    takes the best weights back and halves the length. What is returned, of the mean of the second half, the last and the
+    best weights, and the start, is what the calibration loss likes best.
 
     Args:
         weights: start, shape (p,).
@@ -158,13 +158,15 @@ def refit(
         if done >= half:
             mean += (weights - mean) / (done - half + 1)
     ends = [mean, weights] if settings.average else [weights]
-    return Refitted(_first_good([*ends, safe, start], loss) if settings.count else start, guess, troubles)
+    return Refitted(_lowest([*ends, safe, start], loss) if settings.count else start, guess, troubles)
 
 
-def _first_good(candidates: Sequence[Tensor], loss: Loss) -> Tensor:
-    """The first candidate whose loss is hardly above the lowest of all; a loss that is not finite is the highest."""
-    losses = [value if math.isfinite(value := loss(weights)) else math.inf for weights in candidates]
-    return next(weights for weights, value in zip(candidates, losses, strict=True) if value <= _HARMLESS * min(losses))
+def _lowest(candidates: Sequence[Tensor], loss: Loss) -> Tensor:
+    """The candidate with the lowest loss, the first of equals; a loss that is not finite is the highest."""
+    losses = [loss(weights) for weights in candidates]
+    return min(
+        zip(losses, candidates, strict=True), key=lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf
+    )[1]
 
 
 def line_search(weights: Tensor, direction: Tensor, loss: Loss, guess: float = 1.0) -> float:
