@@ -87,18 +87,14 @@ def _plane_minimum(problem: Quadratic, start: Tensor, moves: Tensor) -> Tensor:
     return -(torch.linalg.pinv(curvature, hermitian=True) @ slope).to(problem.dtype)
 
 
-def _solve_batches(
-    problem: Quadratic, support: Tensor, bounds: Sequence[tuple[int, int]], right: Tensor
-) -> Tensor:
+def _solve_batches(problem: Quadratic, support: Tensor, bounds: Sequence[tuple[int, int]], right: Tensor) -> Tensor:
     """(A_B^T A_B + 2 mu I)^{-1} right_B for the kept entries of every block, 0 elsewhere; shape (p, r)."""
     solved = torch.zeros_like(right)
     for index, valid in _batches(problem, support, bounds):
         shape = index.shape
         panel = problem.rows.index_select(1, index.flatten()).to(problem.dtype).view(problem.n, *shape)
         target = (right[index.flatten()].view(*shape, -1) * valid[..., None]).double()
-        answer = (_primal if shape[1] <= problem.n else _dual)(
-            panel.movedim(0, 1), valid, target, problem.damping
-        )
+        answer = (_primal if shape[1] <= problem.n else _dual)(panel.movedim(0, 1), valid, target, problem.damping)
         solved[index[valid]] = answer[valid].to(problem.dtype)
     return solved
 
@@ -127,9 +123,7 @@ def _factor(gram: Tensor) -> Tensor:
     return factor
 
 
-def _batches(
-    problem: Quadratic, support: Tensor, bounds: Sequence[tuple[int, int]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(problem: Quadratic, support: Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (kept positions padded with position 0, which of them are real), each of shape (blocks, most kept).
 
     Blocks are taken by falling number of kept entries, as many at a time as fill one chunk of columns.

@@ -121,15 +121,11 @@ def solve_system(problem: Quadratic, system: SupportSystem, ridges: Sequence[flo
     move = (_dual if system.dual else _primal)(problem, system, rho, scale, invert)
     weights = torch.where(kept, problem.center[:, None] + move, 0.0).T.contiguous()
     if not torch.isfinite(weights).all():
-        raise ValueError(
-            f"the weights solved with ridge {min(damping) / problem.n:.3g} are not finite. {ADVICE}"
-        )
+        raise ValueError(f"the weights solved with ridge {min(damping) / problem.n:.3g} are not finite. {ADVICE}")
     return weights
 
 
-def _dual(
-    problem: Quadratic, system: SupportSystem, rho: Tensor, damping: Tensor, invert: _Inverse
-) -> Tensor:
+def _dual(problem: Quadratic, system: SupportSystem, rho: Tensor, damping: Tensor, invert: _Inverse) -> Tensor:
     """d of shape (p, r) by the n x n form; entries outside the support are arbitrary."""
     target = rho - problem.shift
     if problem.linear is None:
@@ -142,9 +138,7 @@ def _dual(
     return problem.adjoint(image) - rest / damping.to(problem.dtype)
 
 
-def _primal(
-    problem: Quadratic, system: SupportSystem, rho: Tensor, damping: Tensor, invert: _Inverse
-) -> Tensor:
+def _primal(problem: Quadratic, system: SupportSystem, rho: Tensor, damping: Tensor, invert: _Inverse) -> Tensor:
     """d of shape (p, r) by the k x k form; entries outside the support are 0."""
     target = rho.new_zeros(system.index.numel(), 1)
     for begin, panel in _row_panels(problem, system.index):

@@ -70,9 +70,7 @@ def start_point(problem: Quadratic, support: Tensor) -> Point:
     return Point(move, support, image, float(move_objective(problem, move, image)))
 
 
-def threshold_support(
-    problem: Quadratic, support: Tensor, steps: int, tolerance: float = 1e-7
-) -> tuple[Tensor, int]:
+def threshold_support(problem: Quadratic, support: Tensor, steps: int, tolerance: float = 1e-7) -> tuple[Tensor, int]:
     """Run line-search steps of hard thresholding on the active set around a support.
 
     Args:
@@ -138,9 +136,7 @@ def line_search_step(problem: Quadratic, point: Point, k: int) -> Point | None:
     return None if found is point else found
 
 
-def swap_rounds(
-    problem: Quadratic, start: Solved, k: int, rounds: int, tolerance: float = 1e-3
-) -> tuple[Solved, int]:
+def swap_rounds(problem: Quadratic, start: Solved, k: int, rounds: int, tolerance: float = 1e-3) -> tuple[Solved, int]:
     """Trade weak insiders for strong outsiders while the exact optimum on the support falls.
 
     Args:

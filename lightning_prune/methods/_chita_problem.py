@@ -63,34 +63,24 @@ class Quadratic:
         _check_rows(self.rows)
         check_positive("ridge", self.ridge)
         if not 0 <= self.step < float("inf"):
-            raise ValueError(
-                f"`step` must be finite and >= 0, got {self.step}. Give 1 / (samples per row), or 0."
-            )
+            raise ValueError(f"`step` must be finite and >= 0, got {self.step}. Give 1 / (samples per row), or 0.")
         for name in ("center", "gradient", "alive"):
             self._settle(name, getattr(self, name))
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(
-                f"`chunk` must be >= 1 column, got {self.chunk}. Leave it None to choose by memory."
-            )
+            raise ValueError(f"`chunk` must be >= 1 column, got {self.chunk}. Leave it None to choose by memory.")
         if self.gram is not None and self.gram.shape != (self.n, self.n):
-            raise ValueError(
-                f"`gram` must have shape {(self.n, self.n)}, got {tuple(self.gram.shape)}. Give A A^T."
-            )
+            raise ValueError(f"`gram` must have shape {(self.n, self.n)}, got {tuple(self.gram.shape)}. Give A A^T.")
 
     def _settle(self, name: str, value: Tensor | None) -> None:
         """Check a vector of length p and bring it to the working type and the device of A."""
         if value is None:
             return
         if value.shape != (self.p,):
-            raise ValueError(
-                f"`{name}` must have shape ({self.p},), as wide as `rows`, got {tuple(value.shape)}."
-            )
+            raise ValueError(f"`{name}` must have shape ({self.p},), as wide as `rows`, got {tuple(value.shape)}.")
         dtype = torch.bool if name == "alive" else self.dtype
         value = value.detach().to(device=self.rows.device, dtype=dtype)
         if not torch.isfinite(value).all():
-            raise ValueError(
-                f"`{name}` must be finite, got NaN or infinite values. Check the weights and the loss."
-            )
+            raise ValueError(f"`{name}` must be finite, got NaN or infinite values. Check the weights and the loss.")
         object.__setattr__(self, name, value)
 
     @property
@@ -131,9 +121,7 @@ class Quadratic:
     def forward(self, vector: Tensor) -> Tensor:
         """Return A v in float64, shape (n, ...), for v of shape (p, ...) in the working type."""
         if vector.dim() == 2:
-            vector = (
-                vector.T.contiguous().T
-            )  # column by column, which thin products read several times faster
+            vector = vector.T.contiguous().T  # column by column, which thin products read several times faster
         if self.rows.dtype == self.dtype:
             return (self.rows @ vector).double()
         total = vector.new_zeros(self.n, *vector.shape[1:])
@@ -194,9 +182,7 @@ def _check_rows(rows: Tensor) -> None:
     norms = squared_row_norms(rows)
     if not torch.isfinite(norms).all():
         bad = int((~torch.isfinite(norms)).nonzero()[0])
-        raise ValueError(
-            f"`rows` must be finite, got NaN or infinite values in row {bad}. Check that batch's loss."
-        )
+        raise ValueError(f"`rows` must be finite, got NaN or infinite values in row {bad}. Check that batch's loss.")
 
 
 def squared_row_norms(rows: Tensor) -> Tensor:
@@ -290,9 +276,7 @@ def largest_eigenvalue(problem: Quadratic) -> float:
     value, before = 0.0, -1.0
     for _ in range(_POWER_STEPS):
         vector = vector / vector.norm().clamp_min(1e-300)
-        image = (
-            problem.gram @ vector if problem.gram is not None else problem.forward(problem.adjoint(vector))
-        )
+        image = problem.gram @ vector if problem.gram is not None else problem.forward(problem.adjoint(vector))
         before, value = value, float(vector @ image)
         if abs(value - before) <= 1e-3 * value:
             break

@@ -13,7 +13,7 @@ not in the paper: they use more training samples than one stage of it, and `Refi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,7 @@ Gradient = Callable[[Tensor], tuple[float, Tensor]]
 Loss = Callable[[Tensor], float]
 
 _GATHER = 8  # columns of the support are copied when they are fewer than p / _GATHER
-_HALVINGS = 20  # times a step length is halved at most until it lowers the loss
-_STRETCH = 6  # times a step length that lowers the loss is doubled or halved at most
-_HARMLESS = 1.02  # a loss that grows by less may be that of few samples
+_STRETCH = 6  # times a step length is doubled or halved at most
 _SMOOTH = 0.2  # weight of the newest batch in the running loss
 _TROUBLE = 2.0  # a batch loss above this multiple of the best running loss takes the last good weights back
 
@@ -44,7 +42,7 @@ class RefitSettings:
         momentum: share of the last step kept, in [0, 1).
         length: fraction of the step length that a line search finds along the first direction, > 0.
         final_length: step length at the end of the refits in units of that at their start, in [0, 1].
-        average: whether the mean of the second half of the steps may be returned.
+        average: whether to return the mean of the second half of the steps instead of the last one.
     """
 
     count: int = 40
@@ -60,9 +58,7 @@ class RefitSettings:
         check_fraction("momentum", self.momentum)
         check_positive("length", self.length)
         if not 0 <= self.final_length <= 1:
-            raise ValueError(
-                f"`final_length` must be in [0, 1], got {self.final_length}. 1 keeps the length."
-            )
+            raise ValueError(f"`final_length` must be in [0, 1], got {self.final_length}. 1 keeps the length.")
 
 
 class Metric:
@@ -79,9 +75,7 @@ class Metric:
         self.problem, self.system = problem, system
         self.invert = inverse(system.gram, torch.tensor([problem.damping], device=problem.rows.device))
         few = _GATHER * system.index.numel() <= problem.p
-        self.panel = (
-            problem.rows.index_select(1, system.index).to(problem.dtype) if few and system.dual else None
-        )
+        self.panel = problem.rows.index_select(1, system.index).to(problem.dtype) if few and system.dual else None
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Return the step for a mean gradient of shape (p,); shape (p,), 0 outside the support."""
@@ -125,8 +119,7 @@ def refit(
     """Step along fresh gradients on a fixed support, with momentum and a step length found by line search.
 
     v <- momentum v + length_t metric(g(w)),  w <- w + v. A batch whose loss is far above the best seen, or not finite,
-    takes the best weights back and halves the length. What is returned, of the mean of the second half, the last and the
-    best weights, and the start, is what the calibration loss likes best.
+    takes the best weights back and halves the length.
 
     Args:
         weights: start, shape (p,).
@@ -136,7 +129,6 @@ def refit(
         settings: how many steps, and how.
         guess: step length from which the line search starts, > 0; the length of the last stage saves evaluations.
     """
-    start = weights
     safe, best, running, half = weights, math.inf, math.nan, settings.count // 2
     velocity, mean, troubles, length = torch.zeros_like(weights), torch.zeros_like(weights), 0, guess
     for done in range(settings.count):
@@ -157,23 +149,14 @@ def refit(
             weights = weights + velocity
         if done >= half:
             mean += (weights - mean) / (done - half + 1)
-    ends = [mean, weights] if settings.average else [weights]
-    return Refitted(_lowest([*ends, safe, start], loss) if settings.count else start, guess, troubles)
-
-
-def _lowest(candidates: Sequence[Tensor], loss: Loss) -> Tensor:
-    """The candidate with the lowest loss, the first of equals; a loss that is not finite is the highest."""
-    losses = [loss(weights) for weights in candidates]
-    return min(
-        zip(losses, candidates, strict=True), key=lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf
-    )[1]
+    return Refitted(mean if settings.average and settings.count else weights, guess, troubles)
 
 
 def line_search(weights: Tensor, direction: Tensor, loss: Loss, guess: float = 1.0) -> float:
     """Return a length guess * 2^i at which the loss along a direction is lowest, by doubling or halving.
 
-    Lengths are doubled only from one that lowers the loss: far out, a loss says nothing. If none lowers it, as on few
-    calibration samples a direction that helps may not, the longest one that hardly raises it is taken.
+    The length changes by at most a factor of 64 either way, and stays at the guess if nothing lowers the loss: on few
+    calibration samples a direction that helps may look as if it did not.
 
     Args:
         weights: where to start, shape (p,).
@@ -186,22 +169,12 @@ def line_search(weights: Tensor, direction: Tensor, loss: Loss, guess: float = 1
         value = loss(weights + length * direction)
         return value if math.isfinite(value) else math.inf
 
-    before = loss(weights)
-    length, value = guess, at(guess)
-    harmless = None
-    for _ in range(_HALVINGS):
-        if value < before:
+    length, value, factor = guess, at(guess), 2.0
+    if not (after := at(2 * length)) < value:
+        factor, after = 0.5, at(length / 2)
+    for _ in range(_STRETCH):
+        if not (after < value or after == math.inf):
             break
-        harmless = length if harmless is None and value <= _HARMLESS * before else harmless
-        length, value = length / 2, at(length / 2)
-    if not value < before:
-        return length if harmless is None else harmless
-    for factor in (2.0, 0.5) if length == guess else (0.5,):
-        start = length
-        for _ in range(_STRETCH):
-            if not (after := at(factor * length)) < value:
-                break
-            length, value = factor * length, after
-        if length != start:
-            break
-    return length
+        length, value = factor * length, after
+        after = at(factor * length)
+    return length if value < loss(weights) else guess

@@ -31,14 +31,10 @@ from lightning_prune.methods._chita_solver import solve_iht, stepped_support
 from lightning_prune.selection import kept_count
 
 SCHEDULES = ("exp", "poly", "linear", "const", "mfac")
-_FLOOR = (
-    1e-2  # least gradient size in units of the mean, where weights are measured in units of their gradients
-)
+_FLOOR = 1e-2  # least gradient size in units of the mean, where weights are measured in units of their gradients
 
 
-def stage_sparsities(
-    schedule: str, stages: int, sparsity: float, start: float = 0.1, polish: int = 0
-) -> list[float]:
+def stage_sparsities(schedule: str, stages: int, sparsity: float, start: float = 0.1, polish: int = 0) -> list[float]:
     """Return the sparsity after each stage.
 
     With T stages, t = 0..T-1, from s0 = min(start, sparsity) to s:
@@ -98,19 +94,13 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         if not self.ridges:
-            raise ValueError(
-                "`ridges` must hold at least one ridge, got none. Give for example (1e-4, 1e-3)."
-            )
+            raise ValueError("`ridges` must hold at least one ridge, got none. Give for example (1e-4, 1e-3).")
         for ridge in self.ridges:
             check_positive("ridges", ridge)
         if not self.shares or not all(0 <= share <= 1 for share in self.shares):
-            raise ValueError(
-                f"`shares` must hold values in [0, 1], got {self.shares}. (1.0,) takes the whole step."
-            )
+            raise ValueError(f"`shares` must hold values in [0, 1], got {self.shares}. (1.0,) takes the whole step.")
         if not 0 <= self.metric <= 1:
-            raise ValueError(
-                f"`metric` must be in [0, 1], got {self.metric}. 0 leaves weights in their own units."
-            )
+            raise ValueError(f"`metric` must be in [0, 1], got {self.metric}. 0 leaves weights in their own units.")
         check_choice("algorithm", self.algorithm, ("bso", "iht"))
 
 
@@ -273,9 +263,7 @@ def _best_solution(
     whole = solve_system(problem, system, ridges)
     shares = settings.shares if problem.first_order else (0.0,)
     repaired = (
-        whole
-        if set(shares) <= {1.0} or not problem.first_order
-        else solve_system(problem.repair(), system, ridges)
+        whole if set(shares) <= {1.0} or not problem.first_order else solve_system(problem.repair(), system, ridges)
     )
     best = None
     for ridge, full, base in zip(settings.ridges, whole, repaired, strict=True):
