@@ -188,16 +188,18 @@ class GradientSource:
         if not norms:
             return
         momenta = [norm.momentum for norm in norms]
+        ours = {id(norm) for norm in norms}  # not `in norms`: to compare two torchmetrics makes a new, true one
         for path, norm in module.named_modules():
-            if norm in norms:
+            if id(norm) in ours:
                 for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("num_batches_tracked", 0)):
                     self.buffers[f"{path}.{name}" if path else name].fill_(value)
                 norm.momentum = None  # a plain mean over all batches
                 norm.train()
         try:
             with torch.no_grad():
-                for batch, _ in self._take(check_integer("samples", samples, 1)):
-                    evaluate(self.step, self.parameters, self.buffers, batch, check=False)
+                for index, (batch, count) in enumerate(self._take(check_integer("samples", samples, 1))):
+                    if count > 1 or not index:  # one sample has no variance, and a batch of a rest is easily one
+                        evaluate(self.step, self.parameters, self.buffers, batch, check=False)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune.batches import join_batches, regroup, slice_batch
 from lightning_prune.objective import Objective
@@ -246,3 +247,22 @@ def test_statistics_of_a_source_are_those_of_the_current_weights() -> None:
     assert torch.allclose(stream.buffers["1.running_mean"], inner.mean((0, 2, 3)).detach())
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert (net[1].momentum, net[1].training) == (0.1, False)
+
+
+def test_statistics_are_found_beside_metrics_and_without_a_batch_of_one() -> None:
+    class Measured(nn.Module):  # comparing two metrics makes a third one, which counts as true
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(5)
+            self.inner, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.inner(x))
+
+    net = Measured().double()
+    source = objective(net, (4,), count=9, size=4)  # batches of 4, 4 and 1
+    with GradientSource(source, ["inner.weight"]) as stream:
+        stream.refit_batch_norm(9)
+    first, second, _ = source.batches(None)
+    means = [net.inner(batch[0]).mean(0).detach() for batch in (first, second)]
+    assert torch.allclose(stream.buffers["norm.running_mean"], (means[0] + means[1]) / 2)
