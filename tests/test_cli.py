@@ -15,12 +15,14 @@ import torch
 from lightning_prune.receipt import Receipt
 
 QUICK = [
-    "data.subset=200",
+    "data.subset=256",
     "dense.max_epochs=1",
     "trainer.max_epochs=1",
     "measure.seconds=0.05",
     "trainer.accelerator=cpu",
 ]
+
+CHEAP = ["callbacks.pruning.num_grads=40", "callbacks.pruning.refits=2", "callbacks.pruning.refit_samples=64"]
 
 
 def command(*arguments: str) -> list[str]:
@@ -36,7 +38,9 @@ def finish(folder: Path, *arguments: str) -> str:
 def test_help_explains_groups_and_overrides(tmp_path: Path) -> None:
     text = finish(tmp_path, "--help")
     listed = next(line for line in text.splitlines() if line.startswith("pruning: "))
-    assert {"magnitude", "gradual_magnitude", "random", "none"} <= set(listed.removeprefix("pruning: ").split(", "))
+    assert {"chita", "magnitude", "gradual_magnitude", "random", "none"} <= set(
+        listed.removeprefix("pruning: ").split(", ")
+    )
     assert "callbacks.pruning.sparsity=0.95" in text
     assert "resume=" in text
 
@@ -46,7 +50,9 @@ def test_one_run_prints_one_table(tmp_path: Path) -> None:
     assert text.count("ms per batch") == 1
     assert "Zeros in dense tensors do not make this model faster." in text
     assert "GPU available" not in text
-    assert Receipt.load(tmp_path / "run" / "receipt.json").command.endswith("trainer.enable_progress_bar=false")
+    receipt = Receipt.load(tmp_path / "run" / "receipt.json")
+    assert receipt.command.endswith("trainer.enable_progress_bar=false")
+    assert (receipt.method, receipt.requested["sparsity"]) == ("chita", 0.9)
 
 
 def test_a_sweep_runs_every_job(tmp_path: Path) -> None:
@@ -66,7 +72,7 @@ def test_a_sweep_runs_every_job(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command(*QUICK, "hydra.run.dir=run", "trainer.max_epochs=100000"),
+        command(*QUICK, *CHEAP, "hydra.run.dir=run", "trainer.max_epochs=100000"),
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     run = tmp_path / "run"
@@ -78,7 +84,9 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     assert "resume=run/interrupted.ckpt" in output
     saved = torch.load(run / "interrupted.ckpt", weights_only=True)
     epochs = int(saved["epoch"]) + 2
-    finish(tmp_path, *QUICK, "hydra.run.dir=rest", f"trainer.max_epochs={epochs}", "resume=run/interrupted.ckpt")
+    finish(
+        tmp_path, *QUICK, *CHEAP, "hydra.run.dir=rest", f"trainer.max_epochs={epochs}", "resume=run/interrupted.ckpt"
+    )
     assert Receipt.load(tmp_path / "rest" / "receipt.json").reached["sparsity"] == pytest.approx(0.9, abs=1e-4)
 
 

@@ -20,9 +20,12 @@ from lightning_prune.receipt import Receipt
 from lightning_prune.recipes.networks import mlpnet
 
 QUICK = [
-    "data.subset=200", "dense.max_epochs=1", "trainer.max_epochs=1", "trainer.accelerator=cpu", "measure.seconds=0.05",
+    "data.subset=256", "dense.max_epochs=1", "trainer.max_epochs=1", "trainer.accelerator=cpu", "measure.seconds=0.05",
     "trainer.enable_progress_bar=false", "callbacks.progress=null",
 ]  # fmt: skip
+
+
+CHEAP = ["callbacks.pruning.num_grads=40", "callbacks.pruning.refits=2", "callbacks.pruning.refit_samples=64"]
 
 
 def composed(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -76,10 +79,36 @@ def test_the_pruned_checkpoint_loads_strictly_into_the_dense_model(finished: Pat
 
 
 def test_a_trained_checkpoint_skips_dense_training(finished: Path, tmp_path: Path) -> None:
-    receipt = run(tmp_path, f"ckpt_path={finished / 'dense.ckpt'}", "callbacks.pruning.sparsity=0.5")
+    receipt = run(tmp_path, f"ckpt_path={finished / 'dense.ckpt'}", "callbacks.pruning.sparsity=0.5", *CHEAP)
     assert not (tmp_path / "dense.ckpt").exists()
     assert receipt.requested["sparsity"] == 0.5
     assert receipt.accuracy["dense"] == Receipt.load(finished / "receipt.json").accuracy["dense"]
+
+
+def test_the_method_of_the_command_is_chita_at_nine_tenths(finished: Path) -> None:
+    receipt = Receipt.load(finished / "receipt.json")
+    assert (receipt.method, receipt.requested) == ("chita", {"sparsity": 0.9})
+    assert receipt.repair is not None
+    assert receipt.repair.startswith("BatchNorm statistics re-estimated on ")
+    assert any("gradient rows" in note for note in receipt.notes)
+    assert receipt.certificate is None
+
+
+def test_pruning_at_the_end_leaves_nothing_to_fine_tune(tmp_path: Path) -> None:
+    receipt = run(tmp_path, *CHEAP, "callbacks.pruning.at=end")
+    assert receipt.reached["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert receipt.accuracy["pruned"] == receipt.accuracy["finetuned"]
+
+
+def test_pruning_in_rounds_fine_tunes_in_between(finished: Path, tmp_path: Path) -> None:
+    rounds = "callbacks.pruning.at=[[start,0.5],[1,0.8],[2,0.95]]"
+    given = ["callbacks.pruning.sparsity=null", "trainer.max_epochs=3", f"ckpt_path={finished / 'dense.ckpt'}"]
+    receipt = run(tmp_path, *CHEAP, rounds, *given)
+    total = receipt.reached["total"]
+    assert receipt.reached["kept"] == total - int(0.95 * total + 1e-9)
+    state = torch.load(tmp_path / "pruned.ckpt", weights_only=True)["callbacks"]["lightning_prune.chita"]
+    assert [event["requested"] for event in state["history"]] == [0.5, 0.8, 0.95]
+    assert [event["epoch"] for event in state["history"]] == [0, 1, 2]
 
 
 def test_a_safetensors_file_of_the_bare_network_is_taken(tmp_path: Path) -> None:
@@ -104,7 +133,7 @@ def test_pruning_none_trains_dense(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tmp_path / "whole"
-    run(whole, "trainer.max_epochs=3")
+    run(whole, *CHEAP, "trainer.max_epochs=3")
 
     class Stop(pipeline.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -114,9 +143,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     made = pipeline.instantiate_callbacks
     monkeypatch.setattr(pipeline, "instantiate_callbacks", lambda cfg: [*made(cfg), Stop()])
     with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path / "cut", "trainer.max_epochs=3")
+        run(tmp_path / "cut", *CHEAP, "trainer.max_epochs=3")
     monkeypatch.undo()
-    receipt = run(tmp_path / "rest", "trainer.max_epochs=3", f"resume={tmp_path / 'cut' / 'last.ckpt'}")
+    receipt = run(tmp_path / "rest", *CHEAP, "trainer.max_epochs=3", f"resume={tmp_path / 'cut' / 'last.ckpt'}")
     one, two = load_file(whole / "model.safetensors"), load_file(tmp_path / "rest" / "model.safetensors")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert (tmp_path / "cut" / "interrupted.ckpt").exists()
