@@ -24,6 +24,13 @@ def check_fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_budget(name: str, value: Any) -> float:
+    """Return `value` as float if it lies in (0, 1], else raise ValueError."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1], the fraction of the cost that remains, got {value!r}.")
+    return float(value)
+
+
 def check_integer(name: str, value: Any, minimum: int, remedy: str = "") -> int:
     """Return `value` if it is an int of at least `minimum`, else raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

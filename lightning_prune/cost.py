@@ -19,7 +19,7 @@ from lightning_prune._dependency.flops import FLOPS
 from lightning_prune._dependency.labels import LabelledTensor, labelled
 from lightning_prune._dependency.polynomial import Length, Polynomial
 from lightning_prune._dependency.trace import Graph, Step
-from lightning_prune.checks import check_choice, check_integer, is_number
+from lightning_prune.checks import check_budget, check_choice, check_integer
 from lightning_prune.dependency import ChannelGroups
 from lightning_prune.selection import check_scores
 
@@ -242,8 +242,7 @@ def units_within_budget(
 def _check_budget(
     scores: Mapping[str, Tensor], costs: CostModel, budget: Any, kind: str, min_keep: int, round_to: int
 ) -> None:
-    if not is_number(budget) or not 0 < budget <= 1:
-        raise ValueError(f"`budget` must be in (0, 1], the fraction of the cost that remains, got {budget!r}.")
+    check_budget("budget", budget)
     check_choice("kind", kind, KINDS)
     check_integer("min_keep", min_keep, 1)
     check_integer("round_to", round_to, 1)

@@ -101,6 +101,10 @@ class Objective:
         """Detached float clones of all parameters by canonical name (a tied tensor once), requiring gradients."""
         return {name: _differentiable(full(p.detach())) for name, p in named_tensors(self.module).items()}
 
+    def run(self, module: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of `module`, the live one or a copy, on a batch; the caller keeps the sandbox."""
+        return _Step(module, self.loss_fn)(batch, 0)
+
     def check_batches(self) -> None:
         """Raise ValueError if not even one calibration batch can be read."""
         if next(iter(self.batches(1)), None) is None:
@@ -109,11 +113,8 @@ class Objective:
     def refit_batch_norm(self, count: int) -> int:
         """Re-estimate the live module's BatchNorm statistics on at most `count` batches; returns how many were used."""
 
-        def run(module: nn.Module, batch: Any) -> None:
-            _Step(module, self.loss_fn)(batch, 0)
-
         with _eagerly():
-            return refit_batch_norm(self.module, run, self.batches(count), self.trainer, self.reduce)
+            return refit_batch_norm(self.module, self.run, self.batches(count), self.trainer, self.reduce)
 
     def gradients(self, names: Sequence[str], count: int | None = None) -> dict[str, Tensor]:
         """Return the gradient of the mean batch loss for the named parameters.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from lightning_prune.checks import check_choice, check_fraction, is_number
+from lightning_prune.checks import check_budget, check_choice, check_fraction, is_number
 
 When = str | int | float
 
@@ -100,13 +100,14 @@ class Moment:
         return self.when != "end" and self.reached(position)
 
 
-def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
+def parse_at(at: Any, target: float | None, budgets: bool = False) -> tuple[Moment, ...]:
     """Turn the argument `at` into moments in order.
 
     Args:
         at: "start", "end", an int (epochs done, >= 0), a float in (0, 1) (fraction of the fit), or a list of
             (when, target) pairs with growing sparsity.
         target: the sparsity used unless `at` is a list of pairs.
+        budgets: targets are remaining fractions in (0, 1], which fall.
     Raises:
         ValueError: any other form, or pairs whose order or targets do not grow.
     """
@@ -119,11 +120,14 @@ def parse_at(at: Any, target: float | None) -> tuple[Moment, ...]:
     ):
         raise ValueError(
             "`at` must be 'start', 'end', an int (epochs), a float in (0, 1) (fraction of the fit) or a list of "
-            f"(when, sparsity) pairs, got {at!r}."
+            f"(when, {'budget' if budgets else 'sparsity'}) pairs, got {at!r}."
         )
-    moments = tuple(Moment(_check_when(when), check_fraction("at", value)) for when, value in at)
+    check = check_budget if budgets else check_fraction
+    moments = tuple(Moment(_check_when(when), check("at", value)) for when, value in at)
     for one, two in combinations(moments, 2):
-        if two.target < one.target:
+        if budgets and two.target > one.target:
+            raise ValueError(f"`at` must list budgets that do not grow, got {one.target} before {two.target}.")
+        if not budgets and two.target < one.target:
             raise ValueError(f"`at` must list sparsities that do not fall, got {one.target} before {two.target}.")
         units = {type(one.when), type(two.when)}  # epochs and fractions compare only in a fit of known length
         if units != {int, float} and _order(two.when) <= _order(one.when):

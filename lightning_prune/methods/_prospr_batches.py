@@ -11,10 +11,7 @@ import torch
 
 from lightning_prune.batches import batch_length, join_batches, slice_batch
 from lightning_prune.checks import check_integer
-from lightning_prune.context import Context
-from lightning_prune.objective import Objective, buffers_of, evaluate
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from lightning_prune.objective import Objective
 
 
 def check_optional(name: str, value: Any) -> int | None:
@@ -85,30 +82,6 @@ def resized(batches: Any, size: int | None) -> Iterator[Any]:
         held = slice_batch(joined, begin, length) if begin < length else None
     if held is not None:
         yield held
-
-
-def forward_arguments(context: Context, advice: str = "") -> Arguments:
-    """Return what the module's forward is given when its loss is computed on the first calibration batch.
-
-    Args:
-        context: the module and its loss.
-        advice: what to do where the loss does not call forward, a sentence.
-    Raises:
-        ValueError: the loss does not call forward.
-    """
-    seen: list[Arguments] = []
-    (batch,) = BatchStream(context.objective).take(1)
-    handle = context.module.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True, prepend=True
-    )
-    try:
-        with context.objective.open() as step, torch.no_grad():
-            evaluate(step, context.objective.parameters(), buffers_of(context.module), batch)
-    finally:
-        handle.remove()
-    if not seen:
-        raise ValueError("the input cannot be seen: the loss does not call the module's forward." + advice)
-    return seen[0]
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.cost import CostModel
+from lightning_prune.channels import Channels
 from lightning_prune.curvature import graph_nodes
 from lightning_prune.dependency import ChannelGroup, ChannelGroups
-from lightning_prune.shrink import removable_units
 
 Masks = dict[str, Tensor]
 Slab = tuple[str, int]
@@ -23,7 +22,6 @@ Slab = tuple[str, int]
 GATES = ("output", "weight", "consumer")
 _NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 _WEIGHT_AT = {"ConvolutionBackward0": 1, "AddmmBackward0": 2, "MmBackward0": 1}
-_SHOWN = 5
 
 
 def norms_after(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -82,10 +80,8 @@ def gated_slabs(
     return list(dict.fromkeys(chosen)) or sorted(group.consumers)
 
 
-class ChannelUnits:
-    """The channels of a module's groups, as what a ranking keeps or removes.
-
-    A group takes part if all weights it runs through are selected; the others stay whole.
+class ChannelUnits(Channels):
+    """The channels of a module's groups, as what ProsPr's ranking keeps or removes.
 
     Args:
         module: the live module; what is masked already counts as removed.
@@ -105,13 +101,9 @@ class ChannelUnits:
         gate: str,
         selected: Mapping[str, Tensor],
     ) -> None:
-        self.all_groups, self.selected, self.sizes = groups, selected, groups.analysis.sizes
-        self.groups = [group for group in groups if self._outsiders(group) == []]
-        if not self.groups:
-            raise ValueError(f"`structured`=True finds no channel to prune: {self._why_none()}. Use structured=False.")
-        living = removable_units(module, groups)
-        self.device = next(iter(selected.values())).device
-        self.alive = {group.name: living[group.name].to(self.device) for group in self.groups}
+        super().__init__(module, groups, selected)
+        device = next(iter(selected.values())).device
+        self.alive = {name: living.to(device) for name, living in self.alive.items()}
         self.gates = {group.name: gated_slabs(group, self.sizes, norms, gate) for group in self.groups}
         self.wanted = list(dict.fromkeys(name for slabs in self.gates.values() for name, _ in slabs))
 
@@ -126,48 +118,9 @@ class ChannelUnits:
 
     def expand(self, kept: Mapping[str, Tensor]) -> Masks:
         """Masks of all parameters the channels run through, and of all selected weights."""
-        masks = {name: mask.clone() for name, mask in self.selected.items()}
-        for group in self.groups:
-            gone = (~kept[group.name]).nonzero().flatten().cpu()
-            for (name, dim), positions in group.slices.items():
-                if name in self.sizes:
-                    mask = masks.setdefault(name, torch.ones(self.sizes[name], dtype=torch.bool, device=self.device))
-                    mask.index_fill_(dim, torch.as_tensor(positions)[gone].flatten().to(self.device), False)
-        return masks
-
-    def notes(self, kept: Mapping[str, Tensor]) -> list[str]:
-        """Sentences for the receipt: channels kept, what is left once the others are cut out, what stays whole."""
-        counts = {name: int(mask.sum()) for name, mask in kept.items()}
-        total = sum(len(group) for group in self.groups)
-        costs = CostModel(self.all_groups)
-        notes = [
-            f"{sum(counts.values())} of {total} channels are kept. With the others cut out, {costs.params(counts):,} of "
-            f"{costs.params():,} parameters and {costs.flops(counts) / max(1, costs.flops()):.4f} of the FLOPs are left."
-        ]
-        whole = self._whole()
-        if whole:
-            more = f" and {len(whole) - _SHOWN} more" if len(whole) > _SHOWN else ""
-            notes.append(f"The outputs of {', '.join(whole[:_SHOWN])}{more} stay whole.")
-        return notes
+        return self.masks(kept)
 
     def _per_channel(self, signed: Mapping[str, Tensor], group: ChannelGroup, slab: Slab) -> Tensor:
         name, dim = slab
         value = signed[name].movedim(dim, 0).flatten(1).sum(dim=1) if signed[name].dim() > 1 else signed[name]
         return value[torch.as_tensor(group.slices[slab], device=value.device)].sum(dim=1)
-
-    def _outsiders(self, group: ChannelGroup) -> list[str]:
-        """Weights of a group that may not be pruned."""
-        return [name for name in group.parameters() if len(self.sizes.get(name, ())) > 1 and name not in self.selected]
-
-    def _whole(self) -> list[str]:
-        """Selected weights that lose no output channel."""
-        made = {name for group in self.groups for name, dim in group.slices if (name, dim) not in group.consumers}
-        return [name for name in self.selected if name not in made]
-
-    def _why_none(self) -> str:
-        outsiders = [name for group in self.all_groups for name in self._outsiders(group)]
-        if outsiders:
-            return f"every group of channels runs through weights that are not selected, such as {outsiders[0]!r}"
-        frozen = self.all_groups.report.frozen
-        reasons = [f"{name!r}: {frozen.get((name, 0), 'its channels are in no group')}" for name in self.selected]
-        return "; ".join(reasons[:_SHOWN])

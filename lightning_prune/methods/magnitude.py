@@ -19,11 +19,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callback import PruningCallback
+from lightning_prune.channels import Channels, shares
 from lightning_prune.checks import check_fraction, check_integer
 from lightning_prune.context import Context, Proposal
-from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.schedules import SCHEDULES, Position, Ramp, check_bound, check_schedule
 from lightning_prune.selection import Scope, check_layer_floor, check_scope, keep_n_of_m, keep_top
+from lightning_prune.structured import StructuredOneShot
 
 __all__ = ["GradualMagnitude", "Magnitude", "magnitude_scores", "parse_pattern"]
 
@@ -55,17 +56,19 @@ def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-class Magnitude(OneShotPruning):
-    """Remove the smallest weights at once, or all but the N largest of every M.
+class Magnitude(StructuredOneShot):
+    """Remove the smallest weights at once, all but the N largest of every M, or the weakest channels under a budget.
 
     Args:
-        sparsity: pruned fraction of the selected weights, in [0, 1); None with a `pattern` or with pairs in `at`.
-        at: when; see `OneShotPruning`.
-        scope: "global" ranks all weights together, "layer" prunes the same fraction of every tensor.
+        sparsity: pruned fraction of the selected weights, in [0, 1); None with a `pattern`, a budget or pairs in `at`.
+        at: when; see `StructuredOneShot`.
+        scope: "global" ranks all weights (or channels) together, "layer" prunes the same fraction of every tensor (or
+            channel group).
         layer_floor: fraction of every tensor that stays in any case, in [0, 1 - sparsity].
         pattern: "N:M" keeps the N largest of every M consecutive weights along the flattened input dimension; tensors
             whose input dimension M does not divide stay dense and are named in the receipt.
-        **common: see `PruningCallback`.
+        **common: `budget` and what goes with it, see `StructuredOneShot`; and see `PruningCallback`. A channel's score is
+            the L2 norm of its slab in each parameter it runs through, averaged over these.
     Raises:
         ValueError: an argument breaks its rule, both or neither of `sparsity` and `pattern` are given, or `scope` or
             `layer_floor` with a `pattern`.
@@ -88,20 +91,31 @@ class Magnitude(OneShotPruning):
                 raise ValueError(
                     f"`sparsity` must be left out with `pattern`={pattern!r}, which fixes it, got {sparsity!r}."
                 )
+            if common.get("budget") is not None or common.get("budget_type") is not None:
+                raise ValueError(
+                    f"`budget` must be left out with `pattern`={pattern!r}, which removes no channel, got "
+                    f"{common.get('budget')!r}."
+                )
             if scope != "global" or layer_floor:
                 raise ValueError(
                     f"`scope` and `layer_floor` must be left out with `pattern`={pattern!r}, which sets the count of "
                     f"every group, got {scope!r} and {layer_floor!r}."
                 )
             sparsity = 1.0 - shape[0] / shape[1]
-        super().__init__(sparsity=sparsity, at=at, **common)
+        super().__init__(sparsity, at, **common)
         check_scope(scope)
         self.scope: Scope = scope
-        self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
+        self.layer_floor = check_layer_floor(layer_floor, self.sparsity or 0.0)
         self.pattern = pattern
 
     @override
-    def propose(self, context: Context) -> Proposal:
+    def unit_scores(self, context: Context, channels: Channels) -> dict[str, Tensor]:
+        """Mean L2 norm of each unit's slabs."""
+        scores = channels.unit_norms()
+        return shares(scores) if self.scope == "layer" else scores
+
+    @override
+    def propose_weights(self, context: Context) -> Proposal:
         """Keep the largest |w|."""
         scores = magnitude_scores(context.weights)
         shape = parse_pattern(self.pattern)

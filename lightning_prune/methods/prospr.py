@@ -22,16 +22,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.channels import trace_channels
 from lightning_prune.checks import check_bool, check_choice, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.curvature import BACKENDS, Losses, point_of, replayed_losses, trainable_names
-from lightning_prune.dependency import channel_groups
 from lightning_prune.fit import log_event
 from lightning_prune.masks import MaskManager
 from lightning_prune.methods._prospr_batches import (
     BatchStream,
     check_optional,
-    forward_arguments,
     noise_seed,
     progress,
 )
@@ -204,11 +203,7 @@ class ProsPr(InitialPruning):
         batch = BatchStream(context.objective, self.batch_size).take(1)
         leaves = {name: value.requires_grad_() for name, value in point_of(context.module).items()}
         norms = norms_after(losses(batch).parts(0)[0](leaves), leaves)
-        if context.objective.loss_fn is None:
-            groups = channel_groups(context.module, batch[0])
-        else:
-            args, kwargs = forward_arguments(context, " Use structured=False.")
-            groups = channel_groups(context.module, args, kwargs)
+        groups = trace_channels(context)
         return ChannelUnits(context.module, groups, norms, self.gate, context.alive)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.channels import Channels, shares
 from lightning_prune.context import Context, Proposal
-from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.selection import Scope, check_layer_floor, check_scope, keep_top
+from lightning_prune.structured import StructuredOneShot
 
 __all__ = ["RandomPruning", "random_scores"]
 
@@ -28,15 +29,16 @@ def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator) -> 
     return {name: torch.rand(weight.shape, generator=generator).to(weight.device) for name, weight in weights.items()}
 
 
-class RandomPruning(OneShotPruning):
-    """Remove weights at random.
+class RandomPruning(StructuredOneShot):
+    """Remove weights at random, or channels under a budget.
 
     Args:
-        sparsity: pruned fraction of the selected weights, in [0, 1); None with pairs in `at`.
-        at: when; see `OneShotPruning`.
-        scope: "global" draws from all weights together, "layer" prunes the same fraction of every tensor.
+        sparsity: pruned fraction of the selected weights, in [0, 1); None with a budget or with pairs in `at`.
+        at: when; see `StructuredOneShot`.
+        scope: "global" draws from all weights together, "layer" prunes the same fraction of every tensor
+            (of every channel group).
         layer_floor: fraction of every tensor that stays in any case, in [0, 1 - sparsity].
-        **common: see `PruningCallback`.
+        **common: `budget` and what goes with it, see `StructuredOneShot`; and see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
     """
@@ -51,13 +53,19 @@ class RandomPruning(OneShotPruning):
         layer_floor: float = 0.0,
         **common: Any,
     ) -> None:
-        super().__init__(sparsity=sparsity, at=at, **common)
+        super().__init__(sparsity, at, **common)
         check_scope(scope)
         self.scope: Scope = scope
-        self.layer_floor = check_layer_floor(layer_floor, self.sparsity)
+        self.layer_floor = check_layer_floor(layer_floor, self.sparsity or 0.0)
 
     @override
-    def propose(self, context: Context) -> Proposal:
+    def propose_weights(self, context: Context) -> Proposal:
         """Keep the luckiest weights."""
         scores = random_scores(context.weights, context.generator)
         return Proposal(keep_top(scores, context.target, self.scope, self.layer_floor, context.alive))
+
+    @override
+    def unit_scores(self, context: Context, channels: Channels) -> dict[str, Tensor]:
+        """Independent uniform numbers."""
+        scores = {group.name: torch.rand(len(group), generator=context.generator) for group in channels.groups}
+        return shares(scores) if self.scope == "layer" else scores

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.batches import map_batch
+from lightning_prune.channels import Arguments, forward_arguments
 from lightning_prune.checks import check_choice, check_integer
 from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import full
-from lightning_prune.methods._prospr_batches import Arguments, forward_arguments, progress
+from lightning_prune.methods._prospr_batches import progress
 from lightning_prune.methods._prospr_selection import InitialPruning, Masks, prune_in_rounds
 from lightning_prune.objective import buffers_of, live_names
 from lightning_prune.sandbox import untouched

@@ -38,8 +38,8 @@ class Spec:
 
     @property
     def small(self) -> dict[str, Any]:
-        """The small values of those arguments that the method has."""
-        return {key: value for key, value in SMALL.items() if key in self.arguments}
+        """The small values of those arguments that the method has and that its YAML sets."""
+        return {key: value for key, value in SMALL.items() if self.arguments.get(key) is not None}
 
     def build(self, **arguments: Any) -> Any:
         return self.kind(**{**self.arguments, **self.small, **arguments})

@@ -293,10 +293,10 @@ def test_groups_that_run_through_other_weights_stay_whole() -> None:
 
 
 def test_nothing_to_prune_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"finds no channel to prune: .*such as '4\.weight'\. Use structured=False"):
+    with pytest.raises(ValueError, match=r"there is no channel to prune: .*such as '4\.weight'\. Prune single weights"):
         prune(chain(), ProsPr(sparsity=0.5, structured=True, include=["0"]), batches(), entropy)
     lonely = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    with pytest.raises(ValueError, match=r"finds no channel to prune: '1\.weight': it is an output"):
+    with pytest.raises(ValueError, match=r"there is no channel to prune: '1\.weight': it is an output"):
         prune(lonely, ProsPr(sparsity=0.5, structured=True), batches(), entropy)
 
 
@@ -304,5 +304,5 @@ def test_a_loss_that_does_not_call_forward_is_refused() -> None:
     def loss(module: Any, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(module.forward(batch[0]), batch[1])
 
-    with pytest.raises(ValueError, match=r"does not call the module's forward\. Use structured=False"):
+    with pytest.raises(ValueError, match=r"does not call the module's forward\. Let it call"):
         prune(chain(), ProsPr(sparsity=0.5, structured=True), batches(), loss)
