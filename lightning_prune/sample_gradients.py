@@ -6,10 +6,13 @@ Three ways, tried in this order; the first one whose rows equal a plain loop on 
   product of the layer's inputs and output gradients, summed over the samples of the row: one batched product per layer.
 - *vmap*: `torch.func.vmap` of `torch.func.grad` over single-row batches.
 - *loop*: one backward pass per row; works wherever a loss of a slice of the batch can be had.
+
+Where the loss of a part of a batch cannot be had (graphs, batches of one size only), a row is one whole batch.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -25,6 +28,7 @@ from lightning_prune.masks import full
 from lightning_prune.objective import Objective, buffers_of, evaluate
 from lightning_prune.targets import named_tensors
 
+Fill = Callable[[Any, Tensor, Tensor], None]  # (batch, rows to fill, index of the batch each sample came from)
 WAYS = ("auto", "outer", "vmap", "loop")
 _FIRST_CHUNK = 256  # samples in one pass until it is known what a sample costs
 _CHUNK_BYTES = 64 * 2**20  # unfolded activations in one pass
@@ -53,8 +57,7 @@ def gradient_rows(
     Returns:
         A, shape (min(n, samples available // m), p), on the device of the parameters.
     Raises:
-        ValueError: fewer samples than one row needs, a batch that cannot be cut into samples, or a gradient that is not
-            finite (the row is named).
+        ValueError: fewer samples than one row needs, or a loss or gradient that is not finite (the batch is named).
     """
     with GradientSource(objective, names, way) as source:
         return source.rows(rows, samples_per_row, dtype)
@@ -70,6 +73,11 @@ class GradientSource:
         objective: the loss and its batches.
         names: canonical parameter names; their flattened entries are the p columns, in this order.
         way: "auto", or one of "outer", "vmap", "loop".
+    Attributes:
+        samples: samples averaged in one row of the last matrix (the mean number, where rows are whole batches).
+        whole: whether rows are whole batches, because the loss of a part of one cannot be had; None: not known yet.
+        rows_given: rows of the smallest matrix so far.
+        samples_used: samples read so far.
     """
 
     def __init__(self, objective: Objective, names: Sequence[str], way: str = "auto") -> None:
@@ -84,13 +92,14 @@ class GradientSource:
         self.width = sum(self.sizes)
         self.device = self.parameters[self.names[0]].device
         self.chunk = _FIRST_CHUNK
-        self._fill: Callable[[Any, Tensor], None] | None = None
+        self._fill: Fill | None = None
         self._stack = ExitStack()
         self._stream: Iterator[Any] = iter(())
-        self.rows_given = 0  # rows of the smallest matrix so far
-        self.samples_used = 0
+        self.samples, self.rows_given, self.samples_used = 1, 0, 0
+        self.whole: bool | None = None
         self._held: Any = None
-        self._rest: Any = None  # of a batch that one call did not use up
+        self._rest: tuple[Any, int] | None = None  # of a batch that one call did not use up
+        self._index = 0  # of the next batch in this pass
         self._position = 0  # samples read in this pass
         self._length: int | None = None  # of a pass, once one has been read
 
@@ -102,14 +111,24 @@ class GradientSource:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def available(self, limit: int) -> int:
-        """Return how many samples one pass over the data has, counted up to `limit`."""
-        count = 0
+    def plan(self, rows: int, samples_per_row: int) -> tuple[int, int]:
+        """Return (rows, samples in each) that one pass over the data allows: many rows come before large ones.
+
+        Args:
+            rows: rows wished for, >= 1.
+            samples_per_row: samples wished for in each, >= 1; without effect where rows are whole batches.
+        Raises:
+            ValueError: there is no sample.
+        """
+        self._check_cut(samples_per_row)
+        limit, samples, count = rows * samples_per_row, 0, 0
         for batch in self.objective.batches(None):
-            count += batch_length(batch)
-            if count >= limit:
+            samples, count = samples + _length(batch), count + 1
+            if (count >= rows) if self.whole else (samples >= limit):
                 break
-        return min(count, limit)
+        if self.whole:
+            return min(rows, count), max(1, samples // count)
+        return min(rows, samples), min(samples_per_row, max(1, samples // rows))
 
     def at(self, flat: Tensor) -> None:
         """Evaluate at other values of the named parameters from now on; `flat` has shape (p,)."""
@@ -121,16 +140,9 @@ class GradientSource:
         """Return the matrix of `gradient_rows` from the next samples of the stream."""
         check_integer("rows", rows, 1)
         self.samples = check_integer("samples_per_row", samples_per_row, 1)
+        self._check_cut(samples_per_row)
         matrix = torch.empty(rows, self.width, dtype=dtype, device=self.device)
-        done = 0
-        for batch, count in regroup(self._next_pass(), rows, self.samples, lambda: max(1, self.chunk // self.samples)):
-            fill = self._choose(batch)
-            part = matrix[done : done + count]
-            fill(batch, part)
-            _check_rows(part, done)
-            done += count
-            self.samples_used += count * samples_per_row
-            self.objective.advance()
+        done = self._whole_rows(matrix) if self.whole else self._cut_rows(matrix)
         if not done:
             raise ValueError(
                 f"there are fewer than `samples_per_row`={samples_per_row} calibration samples. "
@@ -139,6 +151,55 @@ class GradientSource:
         self.rows_given = min(done, self.rows_given or done)
         return matrix[:done]
 
+    def _cut_rows(self, matrix: Tensor) -> int:
+        """Fill rows of `self.samples` samples; returns how many there are."""
+        done, chunk = 0, lambda: max(1, self.chunk // self.samples)
+        labelled = ((batch, torch.full((batch_length(batch),), index)) for batch, index in self._next_pass())
+        for (batch, origin), count in regroup(labelled, len(matrix), self.samples, chunk):
+            part, origins = matrix[done : done + count], origin[: count * self.samples].view(count, self.samples)
+            self._choose(batch, origins)(batch, part, origins)
+            _check_rows(part, origins)
+            done += count
+            self.samples_used += count * self.samples
+            self.objective.advance()
+        return done
+
+    def _whole_rows(self, matrix: Tensor) -> int:
+        """Fill one row per batch; returns how many there are."""
+        done, seen = 0, 0
+        for batch, index in self._next_pass():
+            origin = torch.tensor([[index]])
+            self._fill_row(batch, matrix[done], index)
+            _check_rows(matrix[done : done + 1], origin)
+            done, seen = done + 1, seen + _length(batch)
+            self.objective.advance()
+            if done == len(matrix):
+                break
+        self.samples_used += seen
+        self.samples = max(1, seen // max(1, done))
+        return done
+
+    def _check_cut(self, samples: int) -> None:
+        """Find out once, on the first batch, whether the loss of a part of a batch can be had."""
+        if self.whole is not None:
+            return
+        batch, index = next(self._next_pass(), (None, 0))
+        if batch is None:
+            raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
+        self._rest = (batch, index)
+        try:
+            evaluate(self.step, self.parameters, self.buffers, slice_batch(batch, 0, samples), index, check=False)
+            self.whole = False
+        except Exception as error:  # any user code may run in a loss; where the whole batch has none, it is theirs
+            evaluate(self.step, self.parameters, self.buffers, batch, index)
+            self.whole = True
+            warnings.warn(
+                f"the loss of a part of a calibration batch cannot be had ({type(error).__name__}: {error}), so each "
+                "gradient row is one whole batch. Give `calibration_dataloader` with small batches, or a `loss_fn` that "
+                "takes any number of samples.",
+                stacklevel=2,
+            )
+
     def mean(self, samples: int, check: bool = True) -> tuple[float, Tensor]:
         """Return (mean loss, its gradient of shape (p,)) over the next `samples` samples, or all there are.
 
@@ -146,29 +207,26 @@ class GradientSource:
             samples: >= 1.
             check: refuse a loss or gradient that is not finite; a search for weights would rather see it.
         Raises:
-            ValueError: there is no sample, or a loss or gradient is not finite.
+            ValueError: there is no sample, or a loss or gradient is not finite (the batch is named).
         """
-        wanted = [self.parameters[name] for name in self.names]
         total = torch.zeros(self.width, device=self.device)
         loss_sum, seen = 0.0, 0
-        for batch, count in self._take(check_integer("samples", samples, 1)):
-            loss = evaluate(self.step, self.parameters, self.buffers, batch, seen, check)
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-            flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
-            total.add_(torch.cat([g.flatten() for g in flat]), alpha=count)
+        for batch, count, index in self._take(check_integer("samples", samples, 1)):
+            loss, flat = self._gradient(batch, index, check)
+            total.add_(flat, alpha=count)
+            if check:
+                _check_rows(flat[None], torch.tensor([[index]]))
             self.samples_used += count
-            loss_sum, seen = loss_sum + count * float(loss.detach()), seen + count
+            loss_sum, seen = loss_sum + count * float(loss), seen + count
             self.objective.advance()
         if not seen:
             raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
-        if check and not bool(torch.isfinite(total).all()):
-            raise ValueError("the mean gradient of the calibration samples is not finite. Check loss and data.")
         return loss_sum / seen, total.div_(seen)
 
     def held_loss(self, samples: int) -> float:
         """Return the mean loss over a batch of at most `samples` samples that is drawn once and then kept."""
         if self._held is None:
-            self._held = next((batch for batch, _ in self._take(check_integer("samples", samples, 1))), None)
+            self._held = next((batch for batch, _, _ in self._take(check_integer("samples", samples, 1))), None)
             if self._held is None:
                 raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
         with torch.no_grad():
@@ -186,6 +244,7 @@ class GradientSource:
         norms = batch_norms(module)
         if not norms:
             return
+        self._check_cut(2)  # while BatchNorm takes any number of samples
         momenta = [norm.momentum for norm in norms]
         ours = {id(norm) for norm in norms}  # not `in norms`: to compare two torchmetrics makes a new, true one
         for path, norm in module.named_modules():
@@ -196,64 +255,78 @@ class GradientSource:
                 norm.train()
         try:
             with torch.no_grad():
-                for index, (batch, count) in enumerate(self._take(check_integer("samples", samples, 1))):
-                    if count > 1 or not index:  # one sample has no variance, and a batch of a rest is easily one
+                for number, (batch, count, _) in enumerate(self._take(check_integer("samples", samples, 1))):
+                    if count > 1 or not number:  # one sample has no variance, and a batch of a rest is easily one
                         evaluate(self.step, self.parameters, self.buffers, batch, check=False)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
                 norm.eval()
 
-    def _take(self, samples: int) -> Iterator[tuple[Any, int]]:
-        """Parts of the stream that add up to `samples`; what is left of the last batch waits for the next call."""
-        for batch in self._next_pass():
-            length, used = batch_length(batch), 0
-            while used < length and samples:
-                count = min(samples, self.chunk, length - used)
-                yield slice_batch(batch, used, used + count), count
+    def _take(self, samples: int) -> Iterator[tuple[Any, int, int]]:
+        """Yield (part, samples in it, index of its batch) for parts of the stream that add up to `samples`.
+
+        What is left of the last batch waits for the next call; where batches cannot be cut, the last one is given whole.
+        """
+        self._check_cut(1)
+        for batch, index in self._next_pass():
+            length, used = _length(batch), 0
+            while used < length and samples > 0:
+                count = length if self.whole else min(samples, self.chunk, length - used)
+                yield (batch if self.whole else slice_batch(batch, used, used + count)), count, index
                 used, samples = used + count, samples - count
-            if not samples:
-                self._rest = slice_batch(batch, used, length) if used < length else None
+            if samples <= 0:
+                self._rest = (slice_batch(batch, used, length), index) if used < length else None
                 return
 
-    def _next_pass(self) -> Iterator[Any]:
-        """Batches from where the stream stands, at most as many samples as one pass over the data has."""
+    def _next_pass(self) -> Iterator[tuple[Any, int]]:
+        """Batches and their indices from where the stream stands, at most as many samples as one pass has."""
         given, restarted = 0, False
         if self._rest is not None:
-            batch, self._rest = self._rest, None
-            given = batch_length(batch)
-            yield batch
+            (batch, index), self._rest = self._rest, None
+            given = _length(batch)
+            yield batch, index
         while self._length is None or given < self._length:
             batch = next(self._stream, None)
             if batch is not None:
-                given, self._position = given + batch_length(batch), self._position + batch_length(batch)
-                yield batch
+                given, self._position = given + _length(batch), self._position + _length(batch)
+                self._index += 1
+                yield batch, self._index - 1
             elif restarted:
                 return
             else:
                 self._length = self._position or None
                 self._stream, self._position, restarted = iter(self.objective.batches(None)), 0, True
+                self._index = 0
 
-    def _choose(self, batch: Any) -> Callable[[Any, Tensor], None]:
+    def _choose(self, batch: Any, origins: Tensor) -> Fill:
         """The fastest way that agrees with the loop on the first rows of `batch`; chosen once."""
         if self._fill is None:
-            ways = {"outer": self.outer, "vmap": self.vmap, "loop": self.loop}
+            ways: dict[str, Fill] = {"outer": self.outer, "vmap": self.vmap, "loop": self.loop}
             self._fill = self.loop if self.way == "auto" else ways[self.way]
             if self.way == "auto":
-                self._fill = next((fill for fill in (self.outer, self.vmap) if self._agrees(fill, batch)), self.loop)
+                fast = (fill for fill in (self.outer, self.vmap) if self._agrees(fill, batch, origins))
+                self._fill = next(fast, self.loop)
         return self._fill
 
-    def loop(self, batch: Any, out: Tensor) -> None:
+    def loop(self, batch: Any, out: Tensor, origins: Tensor) -> None:
         """One backward pass per row."""
-        wanted = [self.parameters[name] for name in self.names]
         for row in range(len(out)):
             part = slice_batch(batch, row * self.samples, (row + 1) * self.samples)
-            loss = evaluate(self.step, self.parameters, self.buffers, part, row)
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-            flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
-            out[row] = torch.cat([g.flatten() for g in flat])
+            self._fill_row(part, out[row], int(origins[row, 0]))
 
-    def vmap(self, batch: Any, out: Tensor) -> None:
+    def _fill_row(self, batch: Any, out: Tensor, index: int) -> None:
+        out.copy_(self._gradient(batch, index)[1])
+
+    def _gradient(self, batch: Any, index: int, check: bool = True) -> tuple[Tensor, Tensor]:
+        """(loss, its gradient of shape (p,)) of one batch by one backward pass."""
+        wanted = [self.parameters[name] for name in self.names]
+        loss = evaluate(self.step, self.parameters, self.buffers, batch, index, check)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+        return loss.detach(), torch.cat([g.flatten() for g in flat])
+
+    def vmap(self, batch: Any, out: Tensor, origins: Tensor) -> None:
         """All rows at once; a row is a batch of its own along a new leading dimension."""
         rows = map_batch(batch, lambda tensor: tensor.unflatten(0, (len(out), self.samples)))
         wanted = {name: self.parameters[name].detach() for name in self.names}
@@ -266,10 +339,10 @@ class GradientSource:
         for name, column in zip(self.names, out.split(self.sizes, dim=1), strict=True):
             column.copy_(grads[name].flatten(1))
 
-    def outer(self, batch: Any, out: Tensor) -> None:
+    def outer(self, batch: Any, out: Tensor, origins: Tensor) -> None:
         """One pass over all rows; layer inputs times layer output gradients, summed within each row."""
         with Recorder(self.step, self.names) as recorder:
-            loss = evaluate(self.step, self.parameters, self.buffers, batch)
+            loss = evaluate(self.step, self.parameters, self.buffers, batch, check=False)  # the rows are checked
             calls = recorder.calls
             per_sample = sum(call.bytes for call in calls) / batch_length(batch)
             self.chunk = int(min(4096, max(self.samples, _CHUNK_BYTES / max(1.0, per_sample))))
@@ -281,20 +354,30 @@ class GradientSource:
                 # the loss is a mean over all rows, a row is a mean over its own samples
                 columns[call.name].add_(call.rows(grad.detach(), len(out)).flatten(1), alpha=len(out))
 
-    def _agrees(self, fill: Callable[[Any, Tensor], None], batch: Any) -> bool:
+    def _agrees(self, fill: Fill, batch: Any, origins: Tensor) -> bool:
         count = min(2, batch_length(batch) // self.samples)
         probe = slice_batch(batch, 0, count * self.samples)
         expected, got = (torch.zeros(count, self.width, device=self.device) for _ in range(2))
-        self.loop(probe, expected)
+        self.loop(probe, expected, origins)
         try:
-            fill(probe, got)
+            fill(probe, got, origins)
         except (RuntimeError, ValueError, TypeError, NotImplementedError, NotOuter):
             return False  # the module does not allow this way; the loop will do
         return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max().clamp_min(1e-12))
 
 
-def _check_rows(part: Tensor, first: int) -> None:
+def _length(batch: Any) -> int:
+    """Samples of a batch; 1 where that cannot be told."""
+    try:
+        return batch_length(batch)
+    except ValueError:
+        return 1
+
+
+def _check_rows(part: Tensor, origins: Tensor) -> None:
+    """Raise ValueError if a row is not finite; `origins` has the index of the batch of each sample in each row."""
     finite = torch.isfinite(part).all(dim=1)
     if not bool(finite.all()):
-        bad = first + int((~finite).nonzero()[0])
-        raise ValueError(f"gradient row {bad} is not finite. Check the loss on that part of the calibration data.")
+        first, last = origins[int((~finite).nonzero()[0])].aminmax()
+        which = f"batch {int(first)}" if first == last else f"batches {int(first)} to {int(last)}"
+        raise ValueError(f"the gradient of calibration {which} is not finite. Check the loss and the data there.")

@@ -168,23 +168,98 @@ def test_too_few_samples_for_a_row_are_refused() -> None:
         gradient_rows(objective(net, (4,)), ["weight"], 3, 31)
 
 
-def test_a_batch_without_samples_is_refused() -> None:
+def test_a_loss_that_fails_on_whole_batches_too_is_the_users_own_error() -> None:
     net = nn.Linear(4, 5)
     source = Objective(net, lambda count: ["text"], loss)
-    with pytest.raises(ValueError, match="no tensor with a batch dimension"):
+    with pytest.raises(TypeError, match="must be Tensor, not str"):
         gradient_rows(source, ["weight"], 3, 1)
 
 
-def test_a_gradient_that_is_not_finite_names_its_row() -> None:
+class Graphs:
+    """Stands for a batch without a batch dimension: its loss is one number for all that it holds."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def test_where_batches_cannot_be_cut_a_row_is_a_whole_batch() -> None:
     torch.manual_seed(0)
     net = nn.Linear(4, 5).double()
-    inputs = torch.randn(6, 4).double()
-    inputs[4] = float("inf")
-    source = Objective(
-        net, batches_of(inputs, torch.zeros(6, dtype=torch.long), 6), lambda m, b: m(b[0]).square().mean(1)[0:1].sum()
-    )
-    with pytest.raises(ValueError, match=r"not finite|row 4"):
-        gradient_rows(source, ["weight"], 6, 1, way="loop")
+    graphs = [Graphs(torch.randn(3, 4).double()) for _ in range(4)]
+
+    def pooled(module: nn.Module, batch: Any) -> Tensor:
+        return module(batch.x).square().sum()
+
+    with GradientSource(Objective(net, lambda count: iter(graphs), pooled), ["weight"]) as stream:
+        with pytest.warns(UserWarning, match="each gradient row is one whole batch"):
+            plan = stream.plan(9, 16)
+        assert plan == (4, 1)
+        rows = stream.rows(3, 16, torch.float64)
+        value, mean = stream.mean(2)
+    expected = [torch.autograd.grad(pooled(net, graph), net.weight)[0].flatten() for graph in graphs]
+    assert torch.allclose(rows, torch.stack(expected[:3]))
+    assert torch.allclose(mean.double(), (expected[3] + expected[0]) / 2)
+    assert value == pytest.approx((pooled(net, graphs[3]) + pooled(net, graphs[0])).item() / 2)
+    assert stream.whole is True
+
+
+def test_a_loss_that_takes_one_batch_size_only_has_rows_of_that_size() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 5).double()
+    source = objective(net, (4,), count=24, size=8)
+    source.loss_fn = lambda module, batch: loss(module, (batch[0].view(8, 4), batch[1]))
+    with GradientSource(source, ["weight"]) as stream:
+        with pytest.warns(UserWarning, match=r"cannot be had \(RuntimeError: shape '\[8, 4\]'"):
+            plan = stream.plan(9, 2)
+        assert plan == (3, 8)
+        rows = stream.rows(9, 2, torch.float64)
+        assert stream.samples == 8
+        assert stream.mean(5)[1].shape == (20,)
+    batches = list(source.batches(None))
+    assert torch.allclose(rows[2], torch.autograd.grad(loss(net, batches[2]), net.weight)[0].flatten())
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(9, 1), (5, 1), (9, 3), (2, 16)])
+def test_the_plan_is_what_the_data_have(rows: int, samples: int) -> None:
+    net = nn.Linear(4, 5).double()
+    with GradientSource(objective(net, (4,), count=7, size=2), ["weight"]) as stream:
+        planned = stream.plan(rows, samples)
+        assert planned == {(9, 1): (7, 1), (5, 1): (5, 1), (9, 3): (7, 1), (2, 16): (2, 3)}[rows, samples]
+        assert len(stream.rows(*planned)) == planned[0]
+
+
+def test_no_sample_at_all_is_refused() -> None:
+    net = nn.Linear(4, 5).double()
+    with (
+        GradientSource(objective(net, (4,), count=0), ["weight"]) as stream,
+        pytest.raises(ValueError, match="there is no calibration sample"),
+    ):
+        stream.plan(3, 1)
+
+
+def odd_batches(bad: int) -> tuple[nn.Module, Objective]:
+    """Batches of 3 samples; sample `bad` has an infinite input. The loss is finite for all others."""
+    torch.manual_seed(0)
+    inputs = torch.randn(15, 4).double()
+    inputs[bad] = float("inf")
+    net = nn.Linear(4, 5).double()
+    return net, Objective(net, batches_of(inputs, torch.zeros(15, dtype=torch.long), 3), loss)
+
+
+@pytest.mark.parametrize("way", ["auto", "outer", "vmap", "loop"])
+@pytest.mark.parametrize(
+    ("bad", "samples", "which"), [(0, 1, "batch 0"), (10, 1, "batch 3"), (10, 4, "batch(es)? 2|3")]
+)
+def test_a_gradient_that_is_not_finite_names_its_batch(way: str, bad: int, samples: int, which: str) -> None:
+    _, source = odd_batches(bad)
+    with pytest.raises(ValueError, match=rf"calibration ({which}).* is not finite"):
+        gradient_rows(source, ["weight"], 15 // samples, samples, way=way)
+
+
+def test_a_mean_gradient_that_is_not_finite_names_its_batch() -> None:
+    _, source = odd_batches(7)
+    with GradientSource(source, ["weight"]) as stream, pytest.raises(ValueError, match=r"batch 2 is not finite"):
+        stream.mean(15)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("rows", 0), ("samples_per_row", 0), ("way", "magic")])

@@ -18,13 +18,14 @@ Departures from the paper, each with its reason:
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import override
@@ -32,6 +33,7 @@ from typing_extensions import override
 from lightning_prune.batch_norm import batch_norms
 from lightning_prune.checks import check_bool, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
+from lightning_prune.masks import DTensor
 from lightning_prune.methods._chita_problem import Quadratic, keep_largest, relative_ridge
 from lightning_prune.methods._chita_refit import RefitSettings
 from lightning_prune.methods._chita_solver import solve_block
@@ -39,6 +41,7 @@ from lightning_prune.methods._chita_stages import SCHEDULES, Stage, StageSetting
 from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.sample_gradients import GradientSource
 from lightning_prune.selection import kept_count
+from lightning_prune.targets import named_tensors
 
 __all__ = ["CHITA", "check_memory", "prune_in_blocks", "prune_in_stages"]
 
@@ -91,11 +94,12 @@ def prune_in_stages(
     length, normed = 1.0, bool(batch_norms(source.objective.module))
     for sparsity in sparsities:
         source.at(weights)
+        matrix = None  # the one before makes room
         matrix = source.rows(rows, samples_per_row, dtype)
         mean = source.mean(gradient_samples)[1] if gradient_samples and settings.first_order else None
         k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
         first = settings if not normed else replace(settings, refit=replace(settings.refit, count=0))
-        stage = run_stage(weights, k, matrix, samples_per_row, gradient, loss, first, _or_none(alive), length, mean)
+        stage = run_stage(weights, k, matrix, source.samples, gradient, loss, first, _or_none(alive), length, mean)
         kept = magnitude_mask(weights, k, alive)
         if not settled_loss(stage.weights) <= settled_loss(weights * kept):
             # the quadratic does not hold so far out: keep the largest weights as they are
@@ -104,10 +108,9 @@ def prune_in_stages(
         if normed and settings.refit.count and k:
             # statistics first, then weights: refits at statistics that pruning has made wrong would be lost with them
             before = settled_loss(stage.weights)
+            matrix = None
             matrix = source.rows(rows, samples_per_row, dtype)
-            again = run_stage(
-                stage.weights, k, matrix, samples_per_row, gradient, loss, settings, stage.support, length
-            )
+            again = run_stage(stage.weights, k, matrix, source.samples, gradient, loss, settings, stage.support, length)
             stage = again if loss(again.weights) <= before else stage
         yield stage
         weights, length = stage.weights, stage.length
@@ -143,8 +146,9 @@ def prune_in_blocks(
     support = alive
     for sparsity in sparsities:
         source.at(weights)
+        matrix = None
         matrix = source.rows(rows, samples_per_row, dtype)
-        step = 1.0 / samples_per_row if first_order else 0.0
+        step = 1.0 / source.samples if first_order else 0.0
         problem = Quadratic(matrix, weights, relative_ridge(matrix, ridge), step, alive=_or_none(alive))
         k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
         solution = solve_block(problem, k, source.sizes, block_size)
@@ -239,50 +243,42 @@ class CHITA(OneShotPruning):
         """Choose the support and the values of the kept weights; where nothing has to go, nothing is touched."""
         if self._nothing_to_remove(context):
             return Proposal(dict(context.alive))
-        flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
-        alive = torch.cat([mask.flatten() for mask in context.alive.values()])
-        check_memory(self.num_grads, flat.numel(), DTYPES[self.grad_dtype], flat.device)
-        gone = 1.0 - int(alive.sum()) / flat.numel()
-        base = min(max(self.base_level, gone), context.target)
-        sparsities = stage_sparsities(self.schedule, self.stages, context.target, base, self.polish)
+        check_whole_parameters(context)
+        sparsities = self._sparsities(context)
         with (
             GradientSource(context.objective, list(context.weights)) as source,
             progress(context, len(sparsities)) as advance,
         ):
-            samples_per_row = self._samples_per_row(source)
+            rows, samples = self._plan(source)
+            check_memory(rows, source.width, DTYPES[self.grad_dtype], source.device)
+            flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
+            alive = torch.cat([mask.flatten() for mask in context.alive.values()])
             fallbacks: list[float] = []
-            weights, support = self._solve(source, flat, alive, sparsities, samples_per_row, advance, fallbacks)
-        sizes = [weight.numel() for weight in context.weights.values()]
-        masks, values = {}, {}
-        for (name, weight), value, mask in zip(
-            context.weights.items(), weights.split(sizes), support.split(sizes), strict=True
-        ):
-            masks[name], values[name] = mask.view(weight.shape), value.view(weight.shape).to(weight.dtype)
-        note = (
-            f"{len(sparsities)} stage(s) of {source.rows_given} gradient rows of {samples_per_row} samples; "
-            f"{source.samples_used} samples read; kept weights moved by {float((weights - flat)[support].norm()):.4g}."
-        )
-        notes = [note]
-        if fallbacks:
-            notes.append(
-                f"{len(fallbacks)} stage(s) chose by magnitude, where the quadratic did worse on held-out samples. "
-                "More stages or a larger ridge may help."
-            )
-        return Proposal(masks, values, notes)
+            weights, support = self._solve(source, flat, alive, sparsities, (rows, samples), advance, fallbacks)
+        moved = float((weights - flat)[support].norm())
+        masks, values = unflatten(context.weights, weights, support)
+        return Proposal(masks, values, notes_of(source, len(sparsities), moved, len(fallbacks)))
 
     def _nothing_to_remove(self, context: Context) -> bool:
         total = sum(mask.numel() for mask in context.alive.values())
         return sum(int(mask.sum()) for mask in context.alive.values()) <= kept_count(total, context.target)
 
-    def _samples_per_row(self, source: GradientSource) -> int:
-        """`grad_batch`, or as many samples as small data leave for each of `num_grads` rows."""
-        samples = source.available(self.num_grads * self.grad_batch)
-        if samples < self.num_grads:
-            warnings.warn(
-                f"`num_grads`={self.num_grads} gradients are more than the {samples} calibration samples; using {samples}.",
-                stacklevel=2,
+    def _sparsities(self, context: Context) -> list[float]:
+        """The sparsity after each stage; what is gone already is where the first one starts."""
+        total = sum(mask.numel() for mask in context.alive.values())
+        gone = 1.0 - sum(int(mask.sum()) for mask in context.alive.values()) / total
+        base = min(max(self.base_level, gone), context.target)
+        return stage_sparsities(self.schedule, self.stages, context.target, base, self.polish)
+
+    def _plan(self, source: GradientSource) -> tuple[int, int]:
+        """(rows, samples in each): as asked, or what the calibration data have."""
+        rows, samples = source.plan(self.num_grads, self.grad_batch)
+        if rows < self.num_grads:
+            what = "batches" if source.whole else "samples"
+            rank_zero_warn(
+                f"`num_grads`={self.num_grads} gradients are more than the {rows} calibration {what}; using all of them."
             )
-        return min(self.grad_batch, max(1, samples // self.num_grads))
+        return rows, samples
 
     def _solve(
         self,
@@ -290,22 +286,48 @@ class CHITA(OneShotPruning):
         flat: Tensor,
         alive: Tensor,
         sparsities: list[float],
-        samples_per_row: int,
+        plan: tuple[int, int],
         advance: Callable[[], None],
         fallbacks: list[float],
     ) -> tuple[Tensor, Tensor]:
         dtype = DTYPES[self.grad_dtype]
         if self.algorithm == "block":
             return prune_in_blocks(
-                source, flat, alive, sparsities, self.num_grads, samples_per_row, self.ridge, self.first_order,
-                self.block_size, dtype,
-            )  # fmt: skip
+                source, flat, alive, sparsities, *plan, self.ridge, self.first_order, self.block_size, dtype
+            )
         for stage in prune_in_stages(  # noqa: B007 (the last one is the result)
-            source, flat, alive, sparsities, self.num_grads, samples_per_row, self.settings, dtype,
-            self.gradient_samples, self.refit_samples, fallbacks.append,
+            source, flat, alive, sparsities, *plan, self.settings, dtype, self.gradient_samples, self.refit_samples,
+            fallbacks.append,
         ):  # fmt: skip
             advance()
         return stage.weights, stage.support
+
+
+def unflatten(
+    weights: Mapping[str, Tensor], flat: Tensor, support: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return (masks, values) by name from the flat vectors of shape (p,), each of its weight's shape and dtype."""
+    sizes = [weight.numel() for weight in weights.values()]
+    masks, values = {}, {}
+    parts = zip(weights.items(), flat.split(sizes), support.split(sizes), strict=True)
+    for (name, weight), value, mask in parts:
+        masks[name], values[name] = mask.view(weight.shape), value.view(weight.shape).to(weight.dtype)
+    return masks, values
+
+
+def notes_of(source: GradientSource, stages: int, moved: float, fallbacks: int) -> list[str]:
+    """Return what the receipt says about a run of all stages."""
+    rows = "whole batches" if source.whole else f"{source.samples} samples"
+    notes = [
+        f"{stages} stage(s) of {source.rows_given} gradient rows of {rows}; "
+        f"{source.samples_used} samples read; kept weights moved by {moved:.4g}."
+    ]
+    if fallbacks:
+        notes.append(
+            f"{fallbacks} stage(s) chose by magnitude, where the quadratic did worse on held-out samples. "
+            "More stages or a larger ridge may help."
+        )
+    return notes
 
 
 @contextmanager
@@ -317,6 +339,16 @@ def progress(context: Context, stages: int) -> Iterator[Callable[[], None]]:
     with Progress(transient=True) as bar:
         task = bar.add_task("CHITA stages", total=stages)
         yield lambda: bar.advance(task)
+
+
+def check_whole_parameters(context: Context) -> None:
+    """Raise MisconfigurationException if a selected parameter is sharded: its gradients are spread over ranks."""
+    parameters = named_tensors(context.module)
+    if any(isinstance(parameters[name], DTensor) for name in context.weights):
+        raise MisconfigurationException(
+            "chita cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use a magnitude "
+            "method."
+        )
 
 
 def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
