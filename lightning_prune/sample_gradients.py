@@ -322,6 +322,11 @@ class GradientSource:
         """(loss, its gradient of shape (p,)) of one batch by one backward pass."""
         wanted = [self.parameters[name] for name in self.names]
         loss = evaluate(self.step, self.parameters, self.buffers, batch, index, check)
+        if not loss.requires_grad:
+            raise ValueError(
+                f"the loss of calibration batch {index} does not depend on the parameters. Return it without "
+                "`.detach()` or `torch.no_grad()`."
+            )
         grads = torch.autograd.grad(loss, wanted, allow_unused=True)
         flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
         return loss.detach(), torch.cat([g.flatten() for g in flat])

@@ -7,7 +7,8 @@ of growing sparsity (section 4). Problem, solvers and stages are in the private 
 
 Departures from the paper, each with its reason:
 - `ridge` is a multiple of the mean squared norm of the gradient rows, so that one default serves networks of all scales.
-- Weights are measured in units of their own gradients (`metric`), so that no layer is favoured for its scale.
+- Weights may be measured in units of their own gradients (`metric`), so that no layer is favoured for its scale. Under
+  BatchNorm the scale of a layer is free and its gradients say little; there the default leaves weights in their own units.
 - With BatchNorm, statistics are re-estimated inside a stage, before the kept weights are refitted to them.
 - A stage that does worse on held-out samples than the largest weights alone gives way to them.
 - After a stage the kept weights are refitted (`refits`): the quadratic is centred anew on the gradient of a fresh batch,
@@ -45,6 +46,7 @@ from lightning_prune.targets import named_tensors
 
 __all__ = ["CHITA", "check_memory", "prune_in_blocks", "prune_in_stages"]
 
+METRIC = 0.5  # of networks without BatchNorm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -173,7 +175,8 @@ class CHITA(OneShotPruning):
         base_level: sparsity of the first of several stages, in [0, 1).
         polish: further stages at the final sparsity, >= 0.
         ridge: damping as a multiple of the mean squared row norm, > 0; useful values lie in 1e-5 to 1e-2.
-        metric: weights are measured in units of their root mean square gradient to this power, in [0, 1]; 0: not.
+        metric: weights are measured in units of their root mean square gradient to this power, in [0, 1]; 0: not; None:
+            0.5, or 0 in a network with BatchNorm.
         first_order: use the gradient of the loss, not only its curvature.
         gradient_samples: samples of a separate batch for the first-order term, >= 1; None: the mean of the rows.
         algorithm: "iht" (hard thresholding and swaps), "bso" (one exact solve), "block" (block-wise, no refits).
@@ -201,7 +204,7 @@ class CHITA(OneShotPruning):
         base_level: float = 0.1,
         polish: int = 0,
         ridge: float = 1e-4,
-        metric: float = 0.5,
+        metric: float | None = None,
         first_order: bool = True,
         gradient_samples: int | None = None,
         algorithm: str = "bso",
@@ -232,7 +235,7 @@ class CHITA(OneShotPruning):
         self.refit_samples = check_integer("refit_samples", refit_samples, 1)
         self.settings = StageSettings(
             (self.ridge,),
-            metric,
+            METRIC if metric is None else metric,
             first_order,
             "bso" if algorithm == "block" else algorithm,
             RefitSettings(count=refits),
@@ -295,8 +298,10 @@ class CHITA(OneShotPruning):
             return prune_in_blocks(
                 source, flat, alive, sparsities, *plan, self.ridge, self.first_order, self.block_size, dtype
             )
+        plain = self.metric is None and batch_norms(source.objective.module)
+        settings = replace(self.settings, metric=0.0) if plain else self.settings
         for stage in prune_in_stages(  # noqa: B007 (the last one is the result)
-            source, flat, alive, sparsities, *plan, self.settings, dtype, self.gradient_samples, self.refit_samples,
+            source, flat, alive, sparsities, *plan, settings, dtype, self.gradient_samples, self.refit_samples,
             fallbacks.append,
         ):  # fmt: skip
             advance()
