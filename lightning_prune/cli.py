@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_prune.conf", config_name="prune")
 def main(cfg: DictConfig) -> float | None:
     """Prune one model as configured; returns the final test accuracy, which sweepers read."""
-    from lightning_prune.pipeline import run  # torch is loaded only when there is work to do, not for --help
-
+    # torch is loaded only when there is work to do, not for --help
     quiet_host()
-    return run(cfg, HydraConfig.get().runtime.output_dir)
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        from lightning_prune._sweep_jobs import run_job
+
+        return run_job(cfg, folder, Path(hydra_cfg.sweep.dir).absolute(), list(hydra_cfg.overrides.task))
+    from lightning_prune.pipeline import run
+
+    return run(cfg, folder)
 
 
 def quiet_host() -> None:
