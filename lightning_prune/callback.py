@@ -368,8 +368,10 @@ class PruningCallback(Callback):
         )
 
     def _announce(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
+        kind = self.requested.get("budget_type")
+        asked = f"at most {event['requested']:.6g} of the {kind}" if kind else f"{event['requested']:.6g}"
         rank_zero_info(
-            f"{self.method}: asked {event['requested']:.6g}, got sparsity {event['sparsity']:.6g} "
+            f"{self.method}: asked {asked}, got sparsity {event['sparsity']:.6g} "
             f"({event['kept']} of {event['total']} weights kept) at step {event['step']} in {event['seconds']:.2f} s"
         )
         if event["emptied"]:

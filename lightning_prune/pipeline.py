@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
@@ -28,6 +28,9 @@ from lightning_prune.instantiate import instantiate_callbacks
 from lightning_prune.masks import MaskManager
 from lightning_prune.receipt import Receipt
 from lightning_prune.report import cost_receipt, fit_receipt
+from lightning_prune.shrink import FORMAT as SHRUNK
+from lightning_prune.shrink import load_shrunk, save_shrunk
+from lightning_prune.smaller import Smaller, smaller_copy
 
 
 class AfterPruning(Callback):
@@ -151,6 +154,8 @@ def evaluate(
 def load_weights(model: LightningModule, path: str | os.PathLike[str]) -> None:
     """Load the weights of a Lightning checkpoint or a safetensors file strictly into `model` (or its `network`).
 
+    The file of a shrunk module (`save_shrunk`, or `model.safetensors` of a run that removed channels) cuts `model` first.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or belongs to another model; `model` is unchanged then.
@@ -158,6 +163,9 @@ def load_weights(model: LightningModule, path: str | os.PathLike[str]) -> None:
     path = str(_existing(path, "ckpt_path"))
     try:
         if path.endswith(".safetensors"):
+            if _holds_shrunk(path):
+                load_shrunk(lambda: model, path)
+                return
             state = load_file(path)
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -196,6 +204,11 @@ def starts_trained(cfg: DictConfig, pruners: list[PruningCallback]) -> bool:
     return all(pruner.prunes_trained for pruner in pruners)
 
 
+def _holds_shrunk(path: str) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("format") == SHRUNK
+
+
 def _make_dense(
     cfg: DictConfig, model: LightningModule, data: Any, callbacks: list[Any], resume: str | None, folder: Path
 ) -> None:
@@ -226,8 +239,11 @@ def _write_results(
     if getattr(rank_zero_only, "rank", 0) != 0:
         return
     example = _example(model, data, int(cfg.measure.batch_size))
+    smaller = Smaller()
+    if example is not None and any("budget_type" in pruner.requested for pruner in pruners):
+        smaller = smaller_copy(model, example)
     receipt = (
-        fit_receipt(pruners[-1], model, example, max_seconds=cfg.measure.seconds)
+        fit_receipt(pruners[-1], model, example, max_seconds=cfg.measure.seconds, smaller=smaller)
         if pruners
         else cost_receipt(model, example)
     )
@@ -235,7 +251,12 @@ def _write_results(
     receipt.seed = int(cfg.seed)
     if pruners:
         MaskManager.of(model).save(folder / "masks.safetensors")
-    save_model(model, folder / "model.safetensors")
+    if smaller.module is None:
+        save_model(model, folder / "model.safetensors")
+    else:
+        save_shrunk(smaller.module, folder / "model.safetensors")
+        receipt.bytes["pruned"] = (folder / "model.safetensors").stat().st_size
+        receipt.notes.append("model.safetensors holds the smaller module; `load_shrunk(factory, path)` rebuilds it.")
     _show(receipt, folder)
 
 

@@ -23,11 +23,13 @@ from lightning_prune.measure import (
     measure_milliseconds,
 )
 from lightning_prune.receipt import Receipt, honest_notes, layer_counts, reached_counts
+from lightning_prune.smaller import Smaller, smaller_copy
 from lightning_prune.targets import named_tensors
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 _FILE_LIMIT = 64 * 2**20  # a callback measures a file of the weights up to this size; the command line has no limit
 _TIMING_SECONDS = 1.0
+NOTHING_SMALLER = Smaller()
 
 
 def arguments_of(method: object) -> dict[str, Any]:
@@ -47,7 +49,11 @@ def arguments_of(method: object) -> dict[str, Any]:
 
 
 def fit_receipt(
-    method: PruningCallback, module: nn.Module, example: Example | None, max_seconds: float = _TIMING_SECONDS
+    method: PruningCallback,
+    module: nn.Module,
+    example: Example | None,
+    max_seconds: float = _TIMING_SECONDS,
+    smaller: Smaller | None = None,
 ) -> Receipt:
     """Return the receipt of a pruned module.
 
@@ -56,8 +62,15 @@ def fit_receipt(
         module: the masked module.
         example: (args, kwargs) of one forward call; None leaves FLOPs and milliseconds open.
         max_seconds: time to spend on measuring milliseconds, > 0.
+        smaller: result of `smaller_copy` for this module and example; None makes one if the method removes channels.
     """
-    receipt = cost_receipt(module, example, max_seconds)
+    if smaller is None:
+        smaller = Smaller()
+        if example is not None and "budget_type" in method.requested:
+            smaller = smaller_copy(module, _on_device(example, module))
+    receipt = cost_receipt(module, example, max_seconds, smaller)
+    if smaller.module is not None and "budget_type" in method.requested:
+        receipt.reached["params"]["pruned"] = count_parameters(smaller.module)
     receipt.method = method.method
     receipt.arguments = arguments_of(method)
     receipt.seed = method.seed
@@ -69,20 +82,30 @@ def fit_receipt(
     return receipt
 
 
-def cost_receipt(module: nn.Module, example: Example | None, max_seconds: float = _TIMING_SECONDS) -> Receipt:
-    """Return a receipt of what a module costs now, masked or not, without a method; arguments as in `fit_receipt`."""
+def cost_receipt(
+    module: nn.Module,
+    example: Example | None,
+    max_seconds: float = _TIMING_SECONDS,
+    smaller: Smaller = NOTHING_SMALLER,
+) -> Receipt:
+    """Return a receipt of what a module costs now, masked or not, without a method; arguments as in `fit_receipt`.
+
+    Pruned parameters are those that are not zero; FLOPs, bytes and milliseconds are those of the smaller copy, if any.
+    """
     masks = MaskManager.of(module).masks
     total = count_parameters(module)
     removed = sum(int((~mask).sum()) for mask in masks.values())
-    flops, milliseconds, notes = (None, {}, []) if example is None else _run_costs(module, example, max_seconds)
+    flops, milliseconds, notes = (
+        (None, {}, []) if example is None else _run_costs(module, example, max_seconds, smaller)
+    )
     return Receipt(
         method="none",
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        reached=reached_counts(masks, params={"dense": total, "pruned": total - removed}, flops=flops),
+        reached=reached_counts(masks, params={"dense": total, "pruned": total - removed}, flops=flops, **smaller.costs),
         layers=layer_counts(masks),
-        bytes=_bytes(module),
+        bytes=_bytes(module, smaller.module),
         milliseconds=milliseconds,
-        notes=notes,
+        notes=[*smaller.notes, *notes],
     )
 
 
@@ -100,19 +123,24 @@ def dense_twin(module: nn.Module) -> nn.Module:
 
 
 def _run_costs(
-    module: nn.Module, example: Example, max_seconds: float
+    module: nn.Module, example: Example, max_seconds: float, smaller: Smaller
 ) -> tuple[dict[str, int] | None, dict[str, Any], list[str]]:
     """FLOPs and milliseconds; a module that cannot be run or copied here costs a note, never the run."""
     args, kwargs = _on_device(example, module)
     try:
-        flops = count_flops(module, args, kwargs)
-        pair = {"dense": dense_twin(module), "masked": module} if MaskManager.of(module).masks else {"dense": module}
-        times = measure_milliseconds(pair, args, kwargs, repeats=30, max_seconds=max_seconds)
+        dense = count_flops(module, args, kwargs)
+        pruned = dense if smaller.module is None else count_flops(smaller.module, args, kwargs)
+        turns = {"dense": module}
+        if MaskManager.of(module).masks:
+            turns = {"dense": dense_twin(module), "masked": module}
+        if smaller.module is not None:
+            turns["exported"] = smaller.module
+        times = measure_milliseconds(turns, args, kwargs, repeats=30, max_seconds=max_seconds)
         blind = flop_blind_spots(module, args, kwargs)
     except Exception as error:  # any user code may run in forward; the training result must survive it
         return None, {}, [f"FLOPs and milliseconds were not measured: {type(error).__name__}: {error}"]
     notes = [f"The FLOP counter does not see: {', '.join(blind)}."] if blind else []
-    return {"dense": flops, "pruned": flops}, {name: time.to_dict() for name, time in times.items()}, notes
+    return {"dense": dense, "pruned": pruned}, {name: time.to_dict() for name, time in times.items()}, notes
 
 
 def _on_device(example: Example, module: nn.Module) -> Example:
@@ -122,19 +150,25 @@ def _on_device(example: Example, module: nn.Module) -> Example:
     return to_device(example[0], device), to_device(example[1], device)
 
 
-def _bytes(module: nn.Module) -> dict[str, int | None]:
-    tensors = {
-        name: tensor.detach() for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)
-    }
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+def _bytes(module: nn.Module, smaller: nn.Module | None) -> dict[str, int | None]:
+    dense, pruned = _state(module), _state(module if smaller is None else smaller)
+    if any(isinstance(tensor, DTensor) for tensor in dense.values()):
         return {"dense": None, "pruned": None, "compressed": None}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    plain = file_bytes(tensors, compress=False) if size <= _FILE_LIMIT else size
+    small = _size(dense) <= _FILE_LIMIT
+    plain = file_bytes(dense, compress=False) if small else _size(dense)
     return {
         "dense": plain,
-        "pruned": plain,
-        "compressed": file_bytes(tensors, compress=True) if size <= _FILE_LIMIT else None,
+        "pruned": plain if smaller is None else file_bytes(pruned, compress=False) if small else _size(pruned),
+        "compressed": file_bytes(pruned, compress=True) if small else None,
     }
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _plain(value: Any) -> Any:

@@ -111,6 +111,21 @@ def test_pruning_in_rounds_fine_tunes_in_between(finished: Path, tmp_path: Path)
     assert [event["epoch"] for event in state["history"]] == [0, 1, 2]
 
 
+def test_removed_channels_leave_a_smaller_file_that_can_be_fine_tuned(finished: Path, tmp_path: Path) -> None:
+    dense = f"ckpt_path={finished / 'dense.ckpt'}"
+    budget = ["pruning=magnitude", "callbacks.pruning.sparsity=null", "callbacks.pruning.budget=0.5"]
+    receipt = run(tmp_path / "first", *budget, "callbacks.pruning.budget_type=params", dense)
+    file = tmp_path / "first" / "model.safetensors"
+    numbers = sum(tensor.numel() for name, tensor in load_file(file).items() if "running" not in name)
+    params = receipt.reached["params"]
+    assert params["pruned"] <= 0.5 * params["dense"]
+    assert abs(numbers - params["pruned"]) < 10  # counters of BatchNorm are in the file too
+    assert receipt.bytes["pruned"] == file.stat().st_size < receipt.bytes["dense"]
+    assert receipt.milliseconds["exported"] is not None
+    again = run(tmp_path / "second", "pruning=none", f"ckpt_path={file}")
+    assert again.accuracy["dense"] == pytest.approx(receipt.accuracy["finetuned"])
+
+
 def test_a_safetensors_file_of_the_bare_network_is_taken(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = mlpnet(sizes=(64, 40, 20, 10))
