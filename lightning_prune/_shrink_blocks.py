@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_prune._dependency.calls import copy_of
+from lightning_prune._dependency.calls import Call, copy_of
 from lightning_prune._dependency.groups import ChannelGroup
-from lightning_prune._shrink_edits import common_path, pattern
-from lightning_prune._shrink_hybrid import Recipe, describe_call, install
+from lightning_prune._dependency.walk import tensors_by_name
+from lightning_prune._shrink_alike import Fingerprints
+from lightning_prune._shrink_edits import common_path
+from lightning_prune._shrink_hybrid import Graphs, Recipe, describe_call, install, shrunk_graphs
 from lightning_prune._shrink_plan import CutPlan
 from lightning_prune._shrink_probe import captured, difference, masked, run
 from lightning_prune._shrink_search import Outcome, Search
@@ -36,25 +38,29 @@ class Blocks:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def unblock(search: Search, outcome: Outcome, plan: CutPlan) -> Blocks:
+def unblock(search: Search, outcome: Outcome, plan: CutPlan, module: nn.Module, graphs: Graphs) -> Blocks:
     """Try to cut the groups that the eager route refused.
 
     Args:
         search: the finished eager search.
         outcome: what it found.
         plan: the eager plan.
+        module: the real module; it stays as it is.
+        graphs: receives the shrunk graphs, for the real cut.
     """
-    return _Route(search, outcome, plan).run()
+    return _Route(search, outcome, plan, module, graphs).run()
 
 
 class _Route:
-    def __init__(self, search: Search, outcome: Outcome, plan: CutPlan) -> None:
-        self.search, self.outcome, self.plan, self.found = search, outcome, plan, Blocks()
-        self.base = copy_of(search.probe.module)
-        plan._cut(self.base, "")
-        self.failed: dict[str, str] = {}
-        self.graphs: dict[Any, Any] = {}
-        self.alone: set[str] = set()  # blocks that look alike but have a graph of their own
+    def __init__(self, search: Search, outcome: Outcome, plan: CutPlan, module: nn.Module, graphs: Graphs) -> None:
+        self.search, self.outcome, self.plan, self.graphs = search, outcome, plan, graphs
+        self.found = Blocks()
+        self.base, self.real = copy_of(search.probe.module), copy_of(module)
+        for copy in (self.base, self.real):
+            plan._cut(copy, "")
+        self.failed: dict[Any, str] = {}
+        self.made: dict[str, str] = {}  # "all" or "batch" sizes free, by shared graph
+        self.slowest = 0.0  # seconds of the slowest export with free sizes
 
     def run(self) -> Blocks:
         members = self._by_path()
@@ -62,17 +68,46 @@ class _Route:
             return self.found
         calls = captured(self.base, sorted(members), self.search.probe.calls)
         recipes: dict[str, Recipe] = {}
+        drafts, kinds = self._drafts(members, calls)
         for path, groups in members.items():
-            why = self.failed.get(pattern(path), "")
+            why = self.found.refused.get(groups[0].name) or self.failed.get(kinds.get(path), "")
             if not why and time.monotonic() > self.search.deadline:
                 why = "the time limit was spent"
             if not why:
-                why = self._try_block(path, groups, calls.get(path), recipes)
+                new = {kinds[other] for other in drafts if other not in recipes}
+                why = self._try_block(path, groups, calls[path], drafts[path], len(new))
+                if not why:
+                    recipes[path] = drafts[path]
             if why:
-                self.failed.setdefault(pattern(path), why)
+                self.failed.setdefault(kinds.get(path), why)
                 self.found.refused.update({group.name: why for group in groups})
         self._take_all(recipes, members)
         return self.found
+
+    def _drafts(
+        self, members: Mapping[str, list[ChannelGroup]], calls: Mapping[str, Call]
+    ) -> tuple[dict[str, Recipe], dict[str, Any]]:
+        """Recipes by path, and what tells blocks apart that cannot share a graph."""
+        prints = Fingerprints(self.search.graphs, members)
+        drafts: dict[str, Recipe] = {}
+        kinds: dict[str, Any] = {}
+        first: dict[Any, str] = {}
+        for path, groups in members.items():
+            try:
+                if path not in calls:
+                    raise ValueError("its sub-module is not called by itself")
+                described, kept = describe_call(calls[path]), self._kept(path, [self._moved(g) for g in groups])
+            except Exception as failure:
+                self.found.refused.update({group.name: str(failure) for group in groups})
+                continue
+            inner = self.base.get_submodule(path)
+            counts = tuple((name, dim, len(at)) for name, dims in kept.items() for dim, at in dims.items())
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors_by_name(inner).items())
+            steps = (prints.of(path, False), prints.of(path, True))
+            kinds[path] = (type(inner), repr(described), counts, shapes, steps)
+            share, one = first.setdefault(kinds[path], path), prints.same_in_both_modes(path)
+            drafts[path] = {"input": described, "kept": kept, "share": share, "one": one, "free": "all"}
+        return drafts, kinds
 
     def _by_path(self) -> dict[str, list[ChannelGroup]]:
         """Refused groups by the innermost callable sub-module that holds each; nested ones join the outer."""
@@ -86,30 +121,39 @@ class _Route:
                 members[outer[scopes[group.name]]].append(group)
         return members
 
-    def _try_block(self, path: str, groups: list[ChannelGroup], call: Any, recipes: dict[str, Recipe]) -> str:
+    def _try_block(self, path: str, groups: list[ChannelGroup], call: Call, recipe: Recipe, kinds: int) -> str:
         """Compare the replaced sub-module with the masked one on its own inputs; return what is wrong."""
-        if call is None:
-            return "its sub-module is not called by itself"
         moved = [self._moved(group) for group in groups]
         try:
-            recipe: Recipe = {"input": describe_call(call), "kept": self._kept(path, moved)}
+            self._make(path, recipe, kinds)
             error = self._error(path, call, recipe, moved)
-            if error > self.search.probe.tolerance:
-                self.alone.add(path)
+            if error > self.search.probe.tolerance and recipe["share"] != path:
+                recipe["share"] = path
+                self._make(path, recipe, kinds)
                 error = self._error(path, call, recipe, moved)
         except Exception as failure:  # export, analysis and rewriting may fail in any way
             return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
         if error > self.search.probe.tolerance:
             return f"its shrunk graph differs from the mask by {error:.1e}"
-        recipes[path] = recipe
         return ""
 
-    def _error(self, path: str, call: Any, recipe: Recipe, moved: list[ChannelGroup]) -> float:
+    def _make(self, path: str, recipe: Recipe, kinds: int) -> None:
+        """Make the graphs in the real precision; where time would not do for all kinds, sizes but the batch are fixed."""
+        known = self.made.get(recipe["share"])
+        left = self.search.deadline - time.monotonic()
+        recipe["free"] = known or ("all" if kinds * self.slowest < left else "batch")
+        started = time.monotonic()
+        shrunk_graphs(self.real.get_submodule(path), recipe, self.graphs)
+        if known is None and recipe["free"] == "all":
+            self.slowest = max(self.slowest, time.monotonic() - started)
+        self.made[recipe["share"]] = recipe["free"]
+
+    def _error(self, path: str, call: Call, recipe: Recipe, moved: list[ChannelGroup]) -> float:
         part, holder = self.base.get_submodule(path), nn.Module()
         holder.inner = copy_of(part)
         with masked(part, moved, self.search.removed, path):
             expected = run(part, [call])
-        install(holder, "inner", recipe, None if path in self.alone else self.graphs)
+        install(holder, "inner", recipe, self.graphs)
         return difference(expected, run(holder.inner.eval(), [call]))
 
     def _moved(self, group: ChannelGroup) -> ChannelGroup:
@@ -125,8 +169,7 @@ class _Route:
         for group in groups:
             for (name, dim), positions in group.slices.items():
                 gone[name][dim].append(positions[list(self.search.removed[group.name])].ravel())
-        sizes = dict(self.base.get_submodule(path).named_parameters(remove_duplicate=False))
-        sizes.update(self.base.get_submodule(path).named_buffers(remove_duplicate=False))
+        sizes = tensors_by_name(self.base.get_submodule(path))
         kept: dict[str, dict[str, list[int]]] = {}
         for name, dims in gone.items():
             own = name[len(path) + 1 :]
@@ -152,7 +195,7 @@ class _Route:
         self._accept(taken, members)
 
     def _accept(self, recipes: Mapping[str, Recipe], members: Mapping[str, list[ChannelGroup]]) -> None:
-        self.found.recipes = {path: {**recipe, "alone": path in self.alone} for path, recipe in recipes.items()}
+        self.found.recipes = dict(recipes)
         self.found.accepted = [group for path in recipes for group in members[path]]
 
     def _fault(self, recipes: Mapping[str, Recipe], members: Mapping[str, list[ChannelGroup]]) -> str:
@@ -161,7 +204,7 @@ class _Route:
         cut = copy_of(self.base)
         try:
             for path, recipe in recipes.items():
-                install(cut, path, recipe, None if path in self.alone else self.graphs)
+                install(cut, path, recipe, self.graphs)
             cut.eval()
             with masked(probe.module, groups, removed):
                 expected = run(probe.module, probe.calls)

@@ -6,8 +6,10 @@ and the constants of its graph are rewritten. Its parameters stay where they are
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,13 @@ from lightning_prune._dependency.calls import Call, copied, copy_of
 from lightning_prune._dependency.search import analyse
 from lightning_prune._dependency.trace import quiet, read_program
 from lightning_prune._dependency.walk import Walk, tensors_by_name
-from lightning_prune._shrink_modules import refresh
+from lightning_prune._shrink_modules import dropout_rates, refresh
 from lightning_prune._shrink_program import Rewriter
 
-Recipe = dict[str, Any]  # {"input": described call, "kept": {tensor: {dim: positions}}, "shapes": {tensor: shape}}
+# {"input": described call, "kept": {tensor: {dim: positions}}, "share": name of the graph, blocks that run alike have
+# one; "one": whether eval and train mode have one; "free": "all" sizes of the inputs, or "batch"}
+Recipe = dict[str, Any]
+Graphs = dict[tuple[Any, ...], Any]  # made before, by what they depend on
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                                torch.bool, torch.uint8)}  # fmt: skip
 
@@ -88,7 +93,7 @@ def _rebuild(described: Any, like: Tensor) -> Any:
     return content
 
 
-def install(module: nn.Module, path: str, recipe: Recipe, graphs: dict[Any, Any] | None = None) -> None:
+def install(module: nn.Module, path: str, recipe: Recipe, graphs: Graphs) -> None:
     """Replace the sub-module at `path` by its own shrunk graph.
 
     Args:
@@ -100,26 +105,40 @@ def install(module: nn.Module, path: str, recipe: Recipe, graphs: dict[Any, Any]
         ValueError: its graph does not have the same units, or it cannot be exported.
     """
     inner = module.get_submodule(path)
-    like = next(inner.parameters())
-    args, kwargs = (_rebuild(part, like) for part in recipe["input"])
-    call = Call("", tuple(args), kwargs)
-    known = {} if graphs is None else graphs
-    made = {}
-    for training in (False, True):
-        key = (_kind(inner, recipe), like.dtype, training)
-        if key not in known:
-            known[key] = _shrunk_graph(inner, call, recipe["kept"], training)
-        made[training] = known[key]
+    made = shrunk_graphs(inner, recipe, graphs)
     _cut(inner, recipe["kept"])
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, _backed(inner, made))
 
 
-def _kind(inner: nn.Module, recipe: Recipe) -> Any:
-    """What modules alike have in common: class, sizes, inputs and numbers of kept positions. A comparison must follow."""
-    counts = tuple((n, dim, len(at)) for n, dims in recipe["kept"].items() for dim, at in dims.items())
-    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors_by_name(inner).items())
-    return type(inner), repr(recipe["input"]), counts, shapes
+def shrunk_graphs(inner: nn.Module, recipe: Recipe, graphs: Graphs) -> dict[bool, Any]:
+    """Return the shrunk graphs of eval and train mode: known ones, those of another precision, or new ones."""
+    like = next(inner.parameters())
+    made: dict[bool, Any] = {}
+    for training in (False, True):
+        if training and recipe["one"]:
+            made[True] = made[False]
+            continue
+        key = (like.dtype, recipe["share"], training, training and next(dropout_rates(inner), None) is not None)
+        twin = next((other for other in graphs if other[1:] == key[1:]), None)
+        if key not in graphs and twin is not None:
+            graphs[key] = _in_precision(graphs[twin], twin[0], like.dtype)
+        elif key not in graphs:
+            args, kwargs = (_rebuild(part, like) for part in recipe["input"])
+            graphs[key] = _shrunk_graph(inner, Call("", tuple(args), kwargs), recipe, training)
+        made[training] = graphs[key]
+    return made
+
+
+def _in_precision(made: tuple[Any, ...], old: torch.dtype, new: torch.dtype) -> tuple[Any, ...]:
+    """A graph whose tensors of one precision get another."""
+    graph, *rest, constants = made
+    graph = copy.deepcopy(graph)
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map(lambda v: new if v is old else v, (node.args, dict(node.kwargs)))
+    graph.recompile()
+    cast = {name: tensor.to(new) if tensor.dtype == old else tensor for name, tensor in constants.items()}
+    return (graph, *rest, cast)
 
 
 def _backed(inner: nn.Module, graphs: dict[bool, Any]) -> GraphModule:
@@ -135,26 +154,28 @@ def _backed(inner: nn.Module, graphs: dict[bool, Any]) -> GraphModule:
     return backed
 
 
-def _shrunk_graph(inner: nn.Module, call: Call, kept: Mapping[str, Any], training: bool) -> tuple[Any, ...]:
-    program = _export(inner, call, training)
+def _shrunk_graph(inner: nn.Module, call: Call, recipe: Recipe, training: bool) -> tuple[Any, ...]:
+    program = _export(inner, call, training, recipe["free"])
     graph = read_program(program)
     walk = analyse([graph], inner)
-    removed = _roots(walk, kept)
+    removed = _roots(walk, recipe["kept"])
     Rewriter(walk, graph, walk.values[0], removed).run()
     return _runnable(program, training)
 
 
-def _export(inner: nn.Module, call: Call, training: bool) -> Any:
+def _export(inner: nn.Module, call: Call, training: bool, free: str) -> Any:
     with quiet():
         args, kwargs = copied((call.args, call.kwargs))
-        copy = copy_of(inner).train(training)
-        bound = inspect.signature(copy.forward).bind(*args, **kwargs)
-        dynamic = pytree.tree_map(_free_sizes, dict(bound.arguments))
-        return torch.export.export(copy, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        twin = copy_of(inner).train(training)
+        bound = inspect.signature(twin.forward).bind(*args, **kwargs)
+        dynamic = pytree.tree_map(partial(_free_sizes, free=free), dict(bound.arguments))
+        return torch.export.export(twin, args, kwargs, dynamic_shapes=dynamic, strict=False)
 
 
-def _free_sizes(value: Any) -> Any:
-    return (Dim.AUTO,) * value.dim() if isinstance(value, Tensor) else None
+def _free_sizes(value: Any, free: str) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(Dim.AUTO if free == "all" or dim == 0 else Dim.STATIC for dim in range(value.dim()))
 
 
 def _roots(walk: Walk, kept: Mapping[str, Any]) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def refresh(module: nn.Module, before: _Shapes) -> None:
             return
 
 
-def _convolution(module: nn.Module, before: _Shapes) -> None:
+def _convolution(module: Any, before: _Shapes) -> None:
     weight = module.weight
     old = before.get("weight", tuple(weight.shape))
     depthwise = module.groups > 1 and module.groups == module.in_channels
@@ -38,40 +39,40 @@ def _convolution(module: nn.Module, before: _Shapes) -> None:
         module.in_channels, module.out_channels = weight.shape[1] * module.groups, weight.shape[0]
 
 
-def _linear(module: nn.Module, before: _Shapes) -> None:
+def _linear(module: Any, before: _Shapes) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
-def _bilinear(module: nn.Module, before: _Shapes) -> None:
+def _bilinear(module: Any, before: _Shapes) -> None:
     module.out_features, module.in1_features, module.in2_features = module.weight.shape
 
 
-def _statistics(module: nn.Module, before: _Shapes) -> None:
+def _statistics(module: Any, before: _Shapes) -> None:
     vector = module.weight if module.weight is not None else module.running_mean
     if vector is not None:
         module.num_features = vector.shape[0]
 
 
-def _group_norm(module: nn.Module, before: _Shapes) -> None:
+def _group_norm(module: Any, before: _Shapes) -> None:
     channels = module.weight.shape[0]
     module.num_groups = max(1, module.num_groups * channels // module.num_channels)
     module.num_channels = channels
 
 
-def _embedding(module: nn.Module, before: _Shapes) -> None:
+def _embedding(module: Any, before: _Shapes) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
-def _slope(module: nn.Module, before: _Shapes) -> None:
+def _slope(module: Any, before: _Shapes) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
-def _recurrent(module: nn.Module, before: _Shapes) -> None:
+def _recurrent(module: Any, before: _Shapes) -> None:
     module.hidden_size = module.weight_hh_l0.shape[1]
     module.input_size = module.weight_ih_l0.shape[1]
 
 
-def _recurrent_cell(module: nn.Module, before: _Shapes) -> None:
+def _recurrent_cell(module: Any, before: _Shapes) -> None:
     module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
 
 
@@ -85,7 +86,16 @@ def _attention(module: nn.MultiheadAttention, before: _Shapes) -> None:
         module.__class__ = NarrowMultiheadAttention
 
 
-_UPDATES = (
+def dropout_rates(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the attributes of `module` and its children that are dropout rates above 0, as (owner, name)."""
+    for child in module.modules():
+        drops = any(word in type(child).__name__ for word in ("Drop", "StochasticDepth"))
+        for name, value in list(vars(child).items()):
+            if isinstance(value, float) and value and ("drop" in name.lower() or (drops and name == "p")):
+                yield child, name
+
+
+_UPDATES: tuple[tuple[type | tuple[type, ...], Callable[[Any, _Shapes], None]], ...] = (
     (nn.modules.conv._ConvNd, _convolution),
     (nn.Bilinear, _bilinear),
     (nn.Linear, _linear),

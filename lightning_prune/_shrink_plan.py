@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune._dependency.groups import ChannelGroup
 from lightning_prune._dependency.walk import tensors_by_name
-from lightning_prune._shrink_hybrid import install, narrowed
+from lightning_prune._shrink_hybrid import Graphs, install, narrowed
 from lightning_prune._shrink_modules import refresh
 
 VERSION = 1
@@ -75,11 +75,7 @@ class CutPlan:
         self.check(module)
         for optimizer in optimizers:
             self.cut_state(module, optimizer)
-        self._cut(module, "")
-        graphs: dict[Any, Any] = {}
-        for path, recipe in self.replaced.items():
-            install(module, path, recipe, None if recipe.get("alone") else graphs)
-        return module
+        return self._apply(module, {})
 
     @torch.no_grad()
     def cut_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -136,6 +132,14 @@ class CutPlan:
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"the text must be a cut plan, got {text[:40]!r} ({type(error).__name__}).") from error
+
+    @torch.no_grad()
+    def _apply(self, module: nn.Module, graphs: Graphs) -> nn.Module:
+        """Cut a module that fits; graphs of sub-modules made before are used again."""
+        self._cut(module, "")
+        for path, recipe in self.replaced.items():
+            install(module, path, recipe, graphs)
+        return module
 
     def _cut(self, module: nn.Module, prefix: str) -> None:
         """Cut the tensors below `prefix`; `module` is the sub-module there."""

@@ -22,6 +22,7 @@ from lightning_prune._dependency.calls import Call, copy_of, tensors_in
 from lightning_prune._dependency.groups import ChannelGroup
 from lightning_prune._dependency.trace import quiet
 from lightning_prune._dependency.walk import tensors_by_name
+from lightning_prune._shrink_modules import dropout_rates
 
 Removed = Mapping[str, Sequence[int]]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -98,11 +99,8 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 
 def without_dropout(module: nn.Module) -> nn.Module:
     """Set dropout rates to zero: noise of another shape is other noise."""
-    for child in module.modules():
-        drops = any(word in type(child).__name__ for word in ("Drop", "StochasticDepth"))
-        for name, value in list(vars(child).items()):
-            if isinstance(value, float) and ("drop" in name.lower() or (drops and name == "p")):
-                child.__dict__[name] = 0.0
+    for child, name in dropout_rates(module):
+        child.__dict__[name] = 0.0
     return module
 
 

@@ -79,6 +79,7 @@ class Search:
         shapes: Mapping[str, tuple[int, ...]],
         deadline: float,
     ) -> None:
+        self.graphs = groups.analysis.graphs
         self.walk, self.probe, self.removed, self.deadline = groups.analysis.walk, probe, removed, deadline
         self.shapes = shapes
         self.reach = {group.name: r for group, r in zip(groups, reach, strict=True)}

@@ -27,6 +27,7 @@ from lightning_prune._dependency.groups import ChannelGroup
 from lightning_prune._dependency.walk import tensors_by_name
 from lightning_prune._shrink_blocks import Blocks, unblock
 from lightning_prune._shrink_edits import reaches
+from lightning_prune._shrink_hybrid import Graphs
 from lightning_prune._shrink_plan import AttributeEdit, CutPlan, plan_for
 from lightning_prune._shrink_probe import Removed, make_probe, mask_units, sensitivities
 from lightning_prune._shrink_search import Outcome, Search
@@ -297,7 +298,8 @@ def _verified(
     outcome = search.run()
     _drop_insensitive(search, outcome, module, calls, report)
     plan = plan_for(outcome.accepted, removed, shapes, outcome.edits)
-    blocks = unblock(search, outcome, plan) if "hybrid" in routes and outcome.refused else Blocks()
+    graphs: Graphs = {}
+    blocks = unblock(search, outcome, plan, module, graphs) if "hybrid" in routes and outcome.refused else Blocks()
     for group in blocks.accepted:
         del outcome.refused[group.name]
         plan.units[group.name] = (len(group), len(group) - len(removed[group.name]))
@@ -308,7 +310,7 @@ def _verified(
     report.error, report.trials = outcome.error, outcome.trials
     accepted = [*outcome.accepted, *blocks.accepted]
     small = copy_of(module)
-    plan.apply(small)
+    plan._apply(small, graphs)
     reference = copy_of(module)
     mask_units(reference, accepted, removed)
     if not agree(reference.eval(), small.eval(), calls):

@@ -63,6 +63,10 @@ def _fused_recurrent_flops(arguments: list[Any], result: LabelledTensor) -> tupl
     return False, _recurrent_terms(arguments, result)
 
 
+def _cell_flops(arguments: list[Any], result: LabelledTensor) -> tuple[bool, Terms]:
+    return True, [(2, [(result, 0), *_every(weight)]) for weight in arguments[2:4]]
+
+
 def _recurrent_terms(arguments: list[Any], result: LabelledTensor) -> Terms:
     weights = [tensor for tensor in labelled([arguments[2]]) if len(tensor) == 2]
     return [(2, [*_every(result)[:-1], *_every(weight)]) for weight in weights]
@@ -75,6 +79,7 @@ FLOPS: dict[str, Callable[[list[Any], LabelledTensor], tuple[bool, Terms]]] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_flops),
     **dict.fromkeys(("convolution", "_convolution"), _generic_convolution_flops),
     **dict.fromkeys(("gru", "rnn_tanh", "rnn_relu"), _recurrent_flops),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell_flops),
     "lstm": _fused_recurrent_flops,
     "einsum": _einsum_flops,
     "scaled_dot_product_attention": _attention_flops,

@@ -280,7 +280,8 @@ def _recurrent(
             start = (layer * directions + direction) * each
             parts.append(_cell_of(walk, gates, current, zero, weights[start : start + each]))
         hidden += parts
-        current = None if any(part is None for part in parts) else np.concatenate(parts)
+        known = [part for part in parts if part is not None]
+        current = np.concatenate(known) if len(known) == len(parts) else None
         zero = None
     for label in (
         *hidden[1:],
@@ -308,3 +309,20 @@ def _cell_of(walk: Walk, gates: int, current: Label, zero: ZeroSet, weights: lis
     walk.produce(label, inner.zeros[0])
     walk.consume(label, hidden.zeros[1])
     return label
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def recurrent_cell(
+    walk: Walk, tensor: LabelledTensor, states: Any, inner: LabelledTensor, hidden: LabelledTensor, *biases: Any
+) -> Any:
+    """One step of a recurrent layer; its states keep their units from step to step."""
+    gates = hidden.shape[0] // hidden.shape[1]
+    weights = [inner, hidden, *(bias for bias in biases if bias is not None)]
+    label = _cell_of(walk, gates, tensor.labels[-1], tensor.zeros[-1], weights)
+    for state in [states] if isinstance(states, LabelledTensor) else states:
+        label = walk.unify(label, state.labels[-1])
+    outputs = [
+        LabelledTensor(spec.shape, [tensor.labels[0], label][-len(spec.shape) :])
+        for spec in (walk.spec if isinstance(walk.spec, list) else [walk.spec])
+    ]
+    return outputs if isinstance(walk.spec, list) else outputs[0]

@@ -162,7 +162,7 @@ def _draft_export(module: nn.Module, call: Call) -> Any:
 @contextlib.contextmanager
 def _without_log_files() -> Iterator[None]:
     """draft_export leaves an open log file behind; close and remove it."""
-    home = importlib.import_module("torch.export._draft_export")
+    home: Any = importlib.import_module("torch.export._draft_export")
     original, made = getattr(home, "CaptureStructuredTrace", None), []
     if original is None:
         yield

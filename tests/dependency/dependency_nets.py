@@ -206,6 +206,23 @@ def recurrent() -> nn.Module:
     )  # fmt: skip
 
 
+def stepped(cell: type[nn.RNNCellBase]) -> Callable[[], nn.Module]:
+    """A cell run step by step over a sequence, its states carried along by hand."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        states = None
+        for step in range(x.shape[1]):
+            states = net.c(x[:, step], states)
+        return net.o(states[0] if isinstance(states, tuple) else states)
+
+    return lambda: Net(run, c=cell(16, 8), o=nn.Linear(8, 3))
+
+
+def _cell_tensors(gates: int) -> dict[str, int]:
+    rows = {f"c.{kind}_{which}.0": gates for kind in ("weight", "bias") for which in ("ih", "hh")}
+    return {**rows, "c.weight_hh.1": 1, "o.weight.1": 1}
+
+
 class _Weight(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -280,6 +297,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]], Ex
         (4, {**layer("a"), "b.weight.1": 1, **layer("c"), "f.weight.1": 1}), (6, {**layer("b"), "c.weight.1": 1}),
     ]),
     "recurrent": (recurrent, sequences, [(8, _GRU_TENSORS)]),
+    "lstm_cell": (stepped(nn.LSTMCell), sequences, [(8, _cell_tensors(4))]),
+    "gru_cell": (stepped(nn.GRUCell), sequences, [(8, _cell_tensors(3))]),
+    "rnn_cell": (stepped(nn.RNNCell), sequences, [(8, _cell_tensors(1))]),
     "hand_contraction": (hand_contraction, vectors, [
         (8, {**layer("a"), "p.w.0": 1}), (5, {"p.w.1": 1, "o.weight.1": 1}),
     ]),
