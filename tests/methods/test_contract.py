@@ -171,9 +171,11 @@ def test_the_receipt_counts_what_the_weights_hold(spec: Spec, run: Run) -> None:
     receipt, parameters = run.callback.receipt, dict(run.module.named_parameters())
     kept = {name: int((parameters[name] != 0).sum()) for name in masks_of(run.module)}
     size = sum(parameter.numel() for parameter in run.module.parameters())
-    assert (receipt.reached["kept"], receipt.reached["total"]) == (sum(kept.values()), Toy.TOTAL)
-    assert receipt.reached["sparsity"] == pytest.approx(1 - sum(kept.values()) / Toy.TOTAL, abs=1e-12)
-    assert receipt.reached["params"] == {"dense": size, "pruned": size - Toy.TOTAL + sum(kept.values())}
+    total = sum(parameters[name].numel() for name in kept)
+    assert total == Toy.TOTAL or ("sparsity" not in spec.arguments and total > Toy.TOTAL)  # channels take biases along
+    assert (receipt.reached["kept"], receipt.reached["total"]) == (sum(kept.values()), total)
+    assert receipt.reached["sparsity"] == pytest.approx(1 - sum(kept.values()) / total, abs=1e-12)
+    assert receipt.reached["params"] == {"dense": size, "pruned": size - total + sum(kept.values())}
     assert {layer["name"]: layer["kept"] for layer in receipt.layers} == kept
     assert set(receipt.arguments) == set(signature_of(spec.kind))
     assert receipt.method == run.callback.method
@@ -193,6 +195,10 @@ def test_prune_without_a_trainer_reaches_the_same_count(spec: Spec) -> None:
 @pytest.mark.parametrize("name", sorted(set(optimizers) - {"sgd"}))
 def test_pruned_weights_are_zero_after_every_step(spec: Spec, name: str) -> None:
     module, watch = toy(make_optimizer=optimizers[name]), Watch()
+    if name == "muon" and getattr(spec.kind, "needs_step_scale", False):
+        with pytest.raises(MisconfigurationException, match="an optimizer whose step has a known scale"):
+            fit(module, spec.build(), watch)
+        return
     fit(module, spec.build(), watch)
     assert watch.steps == 2 * STEPS
     assert watch.pruned_steps > 0
@@ -205,8 +211,9 @@ def test_pruned_weights_are_zero_after_every_step_of_sgd_and_in_every_checkpoint
     assert run.watch.found == [] == leaks(run.module)
     for path in run.checkpoints:
         checkpoint = torch.load(path, weights_only=True)
-        masks = checkpoint["callbacks"][run.callback.state_key]["masks"]
-        assert masks
+        state = checkpoint["callbacks"][run.callback.state_key]
+        masks = state["masks"]
+        assert masks or not state["done"]  # some methods train towards their masks and commit them once
         assert [name for name, mask in masks.items() if checkpoint["state_dict"][name][~mask].any()] == []
 
 
