@@ -14,26 +14,10 @@ from lightning_prune.fit import steps_before_epoch
 from lightning_prune.schedules import Moment, Position, parse_at
 
 
-class OneShotPruning(PruningCallback):
-    """A method that prunes at given moments of a fit and leaves the rest of it to fine-tuning.
+class PruningAtMoments(PruningCallback):
+    """Acts at the moments its constructor puts into `moments`, whatever their targets count."""
 
-    Args:
-        sparsity: pruned fraction of the selected weights, in [0, 1); None if `at` lists pairs.
-        at: "start" (before the first optimizer step), "end" (after the last), an int (that many epochs done), a float
-            in (0, 1) (that fraction of the fit done), or a list of (when, sparsity) pairs.
-        **common: see `PruningCallback`.
-    """
-
-    def __init__(self, sparsity: float | None = None, at: Any = "start", **common: Any) -> None:
-        super().__init__(**common)
-        self.moments: tuple[Moment, ...] = parse_at(at, sparsity)
-        paired = not isinstance(at, (str, int, float))
-        if paired and sparsity is not None:
-            raise ValueError(f"`sparsity` must be left out when `at` lists (when, sparsity) pairs, got {sparsity!r}.")
-        if not paired:
-            check_fraction("sparsity", sparsity)
-        self.sparsity = self.moments[-1].target
-        self.at = at
+    moments: tuple[Moment, ...]
 
     @property
     @override
@@ -75,3 +59,25 @@ class OneShotPruning(PruningCallback):
                 f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Lower it, train longer, or use "
                 "at='end'."
             )
+
+
+class OneShotPruning(PruningAtMoments):
+    """A method that prunes at given moments of a fit and leaves the rest of it to fine-tuning.
+
+    Args:
+        sparsity: pruned fraction of the selected weights, in [0, 1); None if `at` lists pairs.
+        at: "start" (before the first optimizer step), "end" (after the last), an int (that many epochs done), a float
+            in (0, 1) (that fraction of the fit done), or a list of (when, sparsity) pairs.
+        **common: see `PruningCallback`.
+    """
+
+    def __init__(self, sparsity: float | None = None, at: Any = "start", **common: Any) -> None:
+        super().__init__(**common)
+        self.moments: tuple[Moment, ...] = parse_at(at, sparsity)
+        paired = not isinstance(at, (str, int, float))
+        if paired and sparsity is not None:
+            raise ValueError(f"`sparsity` must be left out when `at` lists (when, sparsity) pairs, got {sparsity!r}.")
+        if not paired:
+            check_fraction("sparsity", sparsity)
+        self.sparsity = self.moments[-1].target
+        self.at = at

@@ -24,8 +24,9 @@ NAMES = sorted(
 # small values for arguments of these names, whatever the method
 SMALL = {
     "sparsity": 0.5, "budget": 0.5, "measure": False, "every_n_steps": 1, "rounds": 2, "steps": 2,
-    "num_grads": 8, "refits": 2, "refit_samples": 8, "refit_bn_batches": 2,
+    "num_grads": 8, "refits": 2, "refit_samples": 8, "refit_bn_batches": 2, "n_holdout": 4,
 }  # fmt: skip
+FEW = {"n_calib": 8, "gate_lr": 10.0}  # likewise, also where the YAML leaves it to the data
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Spec:
     @property
     def small(self) -> dict[str, Any]:
         """The small values of those arguments that the method has and that its YAML sets."""
-        return {key: value for key, value in SMALL.items() if self.arguments.get(key) is not None}
+        few = {key: value for key, value in FEW.items() if key in self.arguments}
+        return {**few, **{key: value for key, value in SMALL.items() if self.arguments.get(key) is not None}}
 
     def build(self, **arguments: Any) -> Any:
         return self.kind(**{**self.arguments, **self.small, **arguments})
