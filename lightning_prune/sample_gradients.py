@@ -97,7 +97,7 @@ class GradientSource:
         self._stream: Iterator[Any] = iter(())
         self.samples, self.rows_given, self.samples_used = 1, 0, 0
         self.whole: bool | None = None
-        self._held: Any = None
+        self._held: list[tuple[Any, int]] = []  # (part, samples in it)
         self._rest: tuple[Any, int] | None = None  # of a batch that one call did not use up
         self._index = 0  # of the next batch in this pass
         self._position = 0  # samples read in this pass
@@ -224,13 +224,13 @@ class GradientSource:
         return loss_sum / seen, total.div_(seen)
 
     def held_loss(self, samples: int) -> float:
-        """Return the mean loss over a batch of at most `samples` samples that is drawn once and then kept."""
-        if self._held is None:
-            self._held = next((batch for batch, _, _ in self._take(check_integer("samples", samples, 1))), None)
-            if self._held is None:
-                raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
+        """Return the mean loss over at most `samples` samples that are drawn once and then kept."""
+        if not self._held:
+            self._held = [(batch, count) for batch, count, _ in self._take(check_integer("samples", samples, 1))]
         with torch.no_grad():
-            return float(evaluate(self.step, self.parameters, self.buffers, self._held, check=False))
+            values = [evaluate(self.step, self.parameters, self.buffers, batch, check=False) for batch, _ in self._held]
+        counts = [count for _, count in self._held]
+        return sum(count * float(value) for count, value in zip(counts, values, strict=True)) / sum(counts)
 
     def refit_batch_norm(self, samples: int) -> None:
         """Re-estimate the BatchNorm statistics that gradients are taken with, at the current weights.

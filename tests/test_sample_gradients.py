@@ -341,3 +341,15 @@ def test_statistics_are_found_beside_metrics_and_without_a_batch_of_one() -> Non
     first, second, _ = source.batches(None)
     means = [net.inner(batch[0]).mean(0).detach() for batch in (first, second)]
     assert torch.allclose(stream.buffers["norm.running_mean"], (means[0] + means[1]) / 2)
+
+
+def test_the_held_loss_is_the_mean_over_samples_of_several_batches_and_stays() -> None:
+    net = nn.Linear(4, 5).double()
+    source = objective(net, (4,), count=12, size=5)  # batches of 5, 5 and 2
+    with GradientSource(source, ["weight"]) as stream:
+        first = stream.held_loss(8)
+        stream.mean(4)
+        assert stream.held_loss(8) == first
+    (x, y), (more, labels) = list(source.batches(None))[:2]
+    whole = loss(net, (torch.cat([x, more[:3]]), torch.cat([y, labels[:3]])))
+    assert first == pytest.approx(whole.item(), rel=1e-12)

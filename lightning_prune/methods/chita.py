@@ -103,11 +103,11 @@ def prune_in_stages(
         first = settings if not normed else replace(settings, refit=replace(settings.refit, count=0))
         stage = run_stage(weights, k, matrix, source.samples, gradient, loss, first, _or_none(alive), length, mean)
         kept = magnitude_mask(weights, k, alive)
-        if not settled_loss(stage.weights) <= settled_loss(weights * kept):
-            # the quadratic does not hold so far out: keep the largest weights as they are
+        fallen = not settled_loss(stage.weights) <= settled_loss(weights * kept)
+        if fallen:  # the quadratic does not hold so far out: start from the largest weights as they are
             stage = replace(stage, weights=weights * kept, support=kept, length=1.0)
             on_fallback(sparsity)
-        if normed and settings.refit.count and k:
+        if (normed or fallen) and settings.refit.count and k:
             # statistics first, then weights: refits at statistics that pruning has made wrong would be lost with them
             before = settled_loss(stage.weights)
             matrix = None
