@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.errors import InstantiationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,6 +45,11 @@ def run_job(cfg: DictConfig, folder: Path, sweep_folder: Path, overrides: Sequen
     Returns:
         The final test accuracy; nan for a job that failed or logs none.
     """
+    if OmegaConf.select(cfg, "search.max_drop") is not None:
+        from lightning_prune._search_run import run_search
+
+        attempt(cfg, folder, lambda: run_search(cfg, folder, sweep_folder), overrides=list(overrides))
+        return result_of(folder)
     attempt(cfg, folder, lambda: pipeline.run(_started(cfg, sweep_folder), folder), overrides=list(overrides))
     for name, control in control_configs(cfg, folder):
         place = folder / name
@@ -78,7 +84,7 @@ def attempt(cfg: DictConfig, folder: Path, work: Callable[[], Any], **facts: Any
     try:
         work()
     except Exception as error:  # any user code may fail; the other jobs of the sweep go on
-        record(folder, "failed", error=f"{type(error).__name__}: {error}", seconds=time.time() - started, **facts)
+        record(folder, "failed", error=_described(error), seconds=time.time() - started, **facts)
         _log.exception("The job in %s failed.", folder)
         return False
     record(folder, "finished", seconds=time.time() - started, **facts)
@@ -104,7 +110,9 @@ def fingerprint(cfg: DictConfig) -> str:
     """Return a hash of everything a job's result depends on, free of where its files go."""
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
-    kept = {key: value for key, value in plain.items() if key not in ("sweep", "search", "resume")}
+    kept = {key: value for key, value in plain.items() if key not in ("sweep", "resume")}
+    if (plain.get("search") or {}).get("max_drop") is None:
+        kept.pop("search", None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -171,17 +179,24 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
+def _described(error: BaseException) -> str:
+    """Type and message; of what a constructor raised, not of Hydra's wrapper around it."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
 def _started(cfg: DictConfig, sweep_folder: Path) -> DictConfig:
     """The job, with the shared dense network as its start where it starts from a trained one."""
     cfg = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
     given = cfg.ckpt_path is not None or cfg.resume is not None
-    if not given and pipeline.starts_trained(cfg, list(_pruners(cfg).values())):
+    if not given and pipeline.starts_trained(cfg, list(pruners_by_name(cfg).values())):
         cfg.ckpt_path = str(shared_dense(cfg, sweep_folder))
     return cfg
 
 
-def _pruners(cfg: DictConfig) -> dict[str, PruningCallback]:
-    """The pruning callbacks of a configuration by name, built to be looked at."""
+def pruners_by_name(cfg: DictConfig) -> dict[str, PruningCallback]:
+    """Return the pruning callbacks of a configuration by name, built to be looked at."""
     nodes = OmegaConf.to_container(relocated(cfg, Path("unused")).callbacks, resolve=True)
     assert isinstance(nodes, dict)
     found = {name: pipeline.pruners_of(instantiate_callbacks({name: node})) for name, node in nodes.items()}
@@ -192,11 +207,12 @@ def _without_pruning(cfg: DictConfig) -> DictConfig:
     """The dense training that all jobs with this seed share: nothing in it depends on how a job prunes."""
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
-    pruners = {"pruning", *_pruners(cfg)}
+    pruners = {"pruning", *pruners_by_name(cfg)}
     plain["callbacks"] = {name: node for name, node in (plain.get("callbacks") or {}).items() if name not in pruners}
     plain["trainer"]["max_epochs"] = plain["dense"]["max_epochs"]
     plain["dense"]["enabled"] = True
     plain["measure"]["seconds"] = 0.2
+    plain.pop("search", None)
     return OmegaConf.create({**plain, "ckpt_path": None, "resume": None})
 
 

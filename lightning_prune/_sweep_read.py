@@ -109,7 +109,8 @@ def collect(folder: Path) -> list[Run]:
 def _folders(folder: Path) -> list[Path]:
     marks = ("receipt.json", "job.json", ".hydra/overrides.yaml")
     found = {path.parent if mark[0] != "." else path.parent.parent for mark in marks for path in folder.rglob(mark)}
-    return sorted(found, key=lambda path: _natural(str(path)))
+    kept = [path for path in found if "evaluations" not in path.relative_to(folder).parts]  # of a search, not runs
+    return sorted(kept, key=lambda path: _natural(str(path)))
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

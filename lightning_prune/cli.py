@@ -9,23 +9,24 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_prune.conf", config_name="prune")
 def main(cfg: DictConfig) -> float | None:
     """Prune one model as configured; returns the final test accuracy, which sweepers read."""
     # torch is loaded only when there is work to do, not for --help
+    from lightning_prune import _search_run, _sweep_jobs, pipeline
+
     quiet_host()
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        from lightning_prune._sweep_jobs import run_job
-
-        return run_job(cfg, folder, Path(hydra_cfg.sweep.dir).absolute(), list(hydra_cfg.overrides.task))
-    from lightning_prune.pipeline import run
-
-    return run(cfg, folder)
+        sweep_folder = Path(hydra_cfg.sweep.dir).absolute()
+        return _sweep_jobs.run_job(cfg, folder, sweep_folder, list(hydra_cfg.overrides.task))
+    if OmegaConf.select(cfg, "search.max_drop") is not None:
+        return _search_run.run_search(cfg, folder)
+    return pipeline.run(cfg, folder)
 
 
 def quiet_host() -> None:
