@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_prune.batch_norm import batch_norms
 from lightning_prune.checks import check_bool, check_integer
-from lightning_prune.context import Context, Proposal, describe_event, event_generator
+from lightning_prune.context import Context, Proposal, changes, describe_event, event_generator
 from lightning_prune.fit import (
     ForwardRecorder,
     calibration_source,
@@ -272,10 +272,7 @@ class PruningCallback(Callback):
 
     def prepare_repair(self, context: Context, proposal: Proposal) -> bool:
         """Whether `repair` has something to do; raises before anything has changed if it could not be done."""
-        untouched = proposal.weights is None and all(
-            torch.equal(mask, context.alive[name]) for name, mask in proposal.masks.items()
-        )
-        if untouched or not self.refit_bn or not batch_norms(context.module):
+        if not changes(context, proposal) or not self.refit_bn or not batch_norms(context.module):
             return False
         context.objective.check_batches()
         return True

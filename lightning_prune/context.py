@@ -66,6 +66,15 @@ class Proposal:
     repairs: list[str] = field(default_factory=list)
 
 
+def changes(context: Context, proposal: Proposal) -> bool:
+    """Whether a proposal moves a weight or removes one more than the masks in force, of any parameter, do."""
+    before = {**MaskManager.of(context.module).masks, **context.alive}
+    return proposal.weights is not None or any(
+        not (torch.equal(mask, before[name]) if name in before else bool(mask.all()))
+        for name, mask in proposal.masks.items()
+    )
+
+
 def event_generator(seed: int, event: int) -> torch.Generator:
     """Return a CPU generator for one pruning event: no state to save, equal after every resume."""
     return torch.Generator().manual_seed((seed * 1_000_003 + event) % 2**63)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integration.toys import QUIET, Toy, fit, same, toy, toy_data, toy_loader, toy_loss, weights_of
+from integration.test_distributed import ddp, without_norm
+from integration.test_resume import each_checkpoint, train
+from integration.toys import QUIET, STEPS, Toy, fit, same, toy, toy_data, toy_loader, toy_loss, weights_of
 from torch import Tensor, nn
 
 from lightning_prune import Magnitude, MaskManager, RandomPruning, prune, shrink
@@ -15,7 +18,7 @@ from lightning_prune.cost import KINDS, CostModel
 from lightning_prune.dependency import channel_groups
 from lightning_prune.shrink import removable_units, report_of
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*use of fork")]
 METHODS = [Magnitude, RandomPruning]
 
 
@@ -126,6 +129,24 @@ def test_rounds_of_falling_budgets_go_on_from_what_is_left() -> None:
     fit(module, callback, max_epochs=2)
     assert [event["requested"] for event in callback.history] == [0.8, 0.5]
     assert cost_of(module, "channels") == (40, 20)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_resumed_between_two_budgets_equals_never_stopped(make: Any, tmp_path: Path) -> None:
+    def pruner() -> Any:
+        return make(budget_type="flops", at=[("start", 0.9), (1, 0.7), (2, 0.5)], measure=False)
+
+    whole = train([pruner()])
+    train([pruner(), each_checkpoint(tmp_path)], enable_checkpointing=True)
+    resumed = train([pruner()], resume=tmp_path / f"epoch=1-step={STEPS + 3}.ckpt")
+    assert all(same(one, two) for one, two in zip(whole, resumed, strict=True))
+
+
+def test_two_processes_remove_the_same_channels(tmp_path: Path) -> None:
+    one, two = ddp(tmp_path, Magnitude(budget=0.5, budget_type="flops", at=1, measure=False), max_epochs=2)
+    assert same(one["masks"], two["masks"])
+    assert same(without_norm(one["weights"]), without_norm(two["weights"]))
+    assert not one["masks"]["conv.weight"].all() or not one["masks"]["hidden.weight"].all()
 
 
 def test_channels_that_are_gone_count_as_gone() -> None:

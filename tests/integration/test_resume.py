@@ -114,6 +114,8 @@ def in_a_process_that_is_killed(work: Callable[[], Any]) -> None:
 
 def with_events_on_both_sides(spec: Spec) -> Any:
     """Prune before the kill and after it; three events where the method's moments can be chosen."""
+    if "at" in spec.arguments and spec.arguments.get("budget") is not None:
+        return spec.build(budget=None, at=[("start", 0.9), (1, 0.7), (2, 0.5)])
     if "at" in spec.arguments:
         return spec.build(sparsity=None, at=[("start", 0.2), (1, 0.4), (2, 0.6)])
     return spec.build()
