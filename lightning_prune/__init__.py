@@ -17,10 +17,13 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GraSP": "methods.grasp",
     "CHITA": "methods.chita",
+    "ChipNet": "methods.chipnet",
     "GradualMagnitude": "methods.magnitude",
     "Magnitude": "methods.magnitude",
     "MaskManager": "masks",
     "ProsPr": "methods.prospr",
+    "ProxSGD": "methods.prox_sgd",
+    "ProvableFilterPruning": "methods.pfp",
     "PruningCallback": "callback",
     "RNGState": "rng",
     "RandomPruning": "methods.random",

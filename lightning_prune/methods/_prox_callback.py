@@ -1,0 +1,248 @@
+"""ProximalCallback: a method that acts after every optimizer step for a stretch of a fit, and leaves masks behind.
+
+Phases, in optimizer steps: nothing before `begin`; from `begin` to `end` the method's penalty or projection after every
+step; at `end` what is zero is handed to the MaskManager, and the rest of the fit is fine-tuning without any penalty.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_prune.callback import PruningCallback
+from lightning_prune.checks import is_number
+from lightning_prune.context import Context, Proposal
+from lightning_prune.fit import log_event, position_of
+from lightning_prune.masks import MaskManager, check_finite
+from lightning_prune.methods._prox_scale import check_steps, future_rates, reach
+from lightning_prune.schedules import Position, Ramp, check_bound
+from lightning_prune.targets import select
+
+__all__ = ["ProximalCallback", "check_penalty"]
+
+METRIC_STEPS = 10  # steps after which the second moments of Adam are good enough to settle a penalty by
+
+
+def check_penalty(value: Any) -> float | str:
+    """Return a penalty: a finite number >= 0, or "auto".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value == "auto" or (is_number(value) and value >= 0):
+        return "auto" if value == "auto" else float(value)
+    raise ValueError(f"`penalty` must be a finite number >= 0 or 'auto', got {value!r}. Give a number such as 1e-3.")
+
+
+class ProximalCallback(PruningCallback):
+    """What the sparse proximal methods share.
+
+    Args:
+        begin: first step acted on, int (optimizer steps) or float in [0, 1] (fraction of the fit).
+        end: when the zeros become masks, likewise, after `begin`.
+        **common: see `PruningCallback`.
+    Raises:
+        ValueError: an argument breaks its rule.
+    """
+
+    shards: ClassVar[bool] = False
+    needs_step_scale: ClassVar[bool] = False  # whether a threshold must match the optimizer's steps
+
+    def __init__(self, begin: int | float, end: int | float, **common: Any) -> None:
+        super().__init__(**common)
+        self.begin, self.end = check_bound("begin", begin), check_bound("end", end)
+        if type(begin) is type(end) and begin >= end:
+            raise ValueError(f"`begin` must lie before `end`, got {begin} and {end}.")
+        self._ramp = Ramp(self.begin, self.end, 1)
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._step = 0  # real optimizer steps of this fit (batches, with manual optimization)
+        self._moved = False
+        self._bounds: tuple[int, int] | None = None
+        self._saved: dict[str, Any] | None = None
+        self._engine: Any = None
+        self._handles: list[Any] = []
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_engine": None, "_handles": [], "_saved": None}
+
+    # what a method answers
+
+    @abstractmethod
+    def make_engine(self, context: Context, trainer: Trainer) -> Any:
+        """Return what acts: `parts`, `before(part, step)`, `after(part, step)`, `advance(step)`, state and `propose`."""
+
+    def settle(self, trainer: Trainer) -> None:
+        """Settle the penalty once: at `begin`, or after some steps where the optimizer's metric must be seen first."""
+        begin, end = self._bounds or (0, 1)
+        wait = min(METRIC_STEPS, max(1, (end - begin) // 10)) if self._engine.learns_metric else 0
+        if self._engine.settled or self._step < begin + wait:
+            return
+        report = self._engine.settle(self.reaches(trainer))
+        log_event(trainer, {f"prune/{name}": value for name, value in report.items()})
+        if report["penalty"] > 0.0:
+            self._report(report, end)
+
+    def _report(self, report: Mapping[str, float], end: int) -> None:
+        budget, median = report["shrink_budget"], report["median"]
+        rank_zero_info(
+            f"{self.method}: penalty {report['penalty']:.4g}; until step {end} it takes a norm of {budget:.4g} from what no "
+            f"gradient defends (median norm {median:.4g}): {report['reachable']:.0%} could become zero"
+        )
+        if budget < median:
+            rank_zero_warn(
+                f"{self.method}: `penalty`={report['penalty']:.4g} takes a norm of {budget:.4g} at most until step {end}, less "
+                f"than the median norm {median:.4g}: {report['reachable']:.0%} can become zero. Raise `penalty` (or use "
+                "'auto'), the learning rate or `end`."
+            )
+
+    # the fit
+
+    @override
+    def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
+        for optimizer in trainer.optimizers:
+            check_steps(optimizer, self.needs_step_scale)
+        for name, weight in select(trainer.lightning_module, self.include, self.exclude).items():
+            check_finite(name, weight.detach())
+        self._bounds = self._bounds_of(trainer, position)
+        if self._saved is None:  # no state of this fit: its clock starts where the fit stands
+            self._step = position.step
+        if position.step > self._bounds[0] and not resumed and not self.finished:
+            raise MisconfigurationException(
+                f"`begin` (step {self._bounds[0]}) lies before step {position.step}, at which this fit goes on from a "
+                "checkpoint that was not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a "
+                "later `begin`."
+            )
+
+    def _bounds_of(self, trainer: Trainer, position: Position) -> tuple[int, int]:
+        if trainer.fast_dev_run:
+            return 0, max(1, position.total_steps or 1)
+        try:
+            begin, end = self._ramp.bounds(position.total_steps)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        return begin, max(end, begin + 1)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unhook(pl_module)
+        self._saved = None  # what a checkpoint holds comes back below; a fit of its own starts its clock anew
+        super().on_train_start(trainer, pl_module)
+        if self.finished:
+            return
+        self._engine = self.make_engine(self._context(trainer, pl_module, 0.0), trainer)
+        if self._saved is not None:
+            self._engine.load_state_dict(self._saved)
+            self._saved = None
+        self._handles = [part.optimizer.register_step_pre_hook(self._before_step) for part in self._engine.parts]
+        MaskManager.of(pl_module).projections.append(self._after_step)
+        self._advance(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._engine is not None and (self._moved or not pl_module.automatic_optimization):
+            self._moved = False
+            manual = not pl_module.automatic_optimization
+            self._step = position_of(trainer, pl_module).step if manual else self._step + 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.finished:
+            self._unhook(pl_module)
+        self._advance(trainer)
+
+    @override
+    def due(self, position: Position) -> float | None:
+        """The engine's target at `end`, or when the fit ends before it."""
+        if self._engine is None or self._bounds is None or self.finished:
+            return None
+        return self._engine.target if position.ended or self._step >= self._bounds[1] else None
+
+    @override
+    def propose(self, context: Context) -> Proposal:
+        """Propose what the engine holds at zero."""
+        if self._engine is None:
+            raise ValueError(
+                f"{self.method} works while a network is trained. Add it to a Trainer's callbacks, or use a one-shot method."
+            )
+        return self._engine.propose(context, over=True)
+
+    @override
+    def extra_state(self) -> dict[str, Any]:
+        return {"step": self._step, "engine": None if self.finished else self._engine_state()}
+
+    @override
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._step, self._saved = int(state["step"]), state["engine"]
+
+    def reaches(self, trainer: Trainer) -> dict[Optimizer, list[float]]:
+        """Return sum_t a_t kappa_t from now to `end` for every param group of every optimizer."""
+        left = max(0, (self._bounds or (0, 0))[1] - self._step)
+        found = {}
+        for part in self._engine.parts:
+            optimizer = part.optimizer
+            rates = future_rates(optimizer, _schedulers(trainer, optimizer), left)
+            groups = zip(rates, optimizer.param_groups, strict=True)
+            found[optimizer] = [reach(rate, group, part.steps) for rate, group in groups]
+        return found
+
+    def _engine_state(self) -> dict[str, Any] | None:
+        return self._saved if self._engine is None else self._engine.state_dict()
+
+    def _advance(self, trainer: Trainer) -> None:
+        if self._engine is not None and self._bounds is not None and self._step >= self._bounds[0]:
+            self.settle(trainer)
+            self._engine.advance(self._step)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for part in self._parts_of(optimizer):
+            self._engine.before(part, self._step)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        skipped = getattr(optimizer, "found_inf", None)  # an optimizer that looks at the gradient scale by itself
+        if isinstance(skipped, torch.Tensor) and bool(skipped):
+            return
+        for part in self._parts_of(optimizer):
+            self._moved = True
+            self._engine.after(part, self._step)
+
+    def _parts_of(self, optimizer: Optimizer) -> list[Any]:
+        return [] if self._engine is None else [part for part in self._engine.parts if part.optimizer is optimizer]
+
+    def _unhook(self, pl_module: LightningModule) -> None:
+        self._saved = self._engine_state() if not self.finished else None
+        for handle in self._handles:
+            handle.remove()
+        self._engine, self._handles = None, []
+        projections = MaskManager.of(pl_module).projections
+        if self._after_step in projections:
+            projections.remove(self._after_step)
+
+    @override
+    def _release(self, pl_module: LightningModule) -> None:
+        self._unhook(pl_module)
+        super()._release(pl_module)
+
+
+def _schedulers(trainer: Trainer, optimizer: Optimizer) -> list[tuple[Any, int]]:
+    """The learning rate schedulers of an optimizer, with the optimizer steps between two of their own."""
+    if not trainer.lightning_module.automatic_optimization:
+        return []  # stepped by the user's code; the rate is taken to stay
+    batches = trainer.num_training_batches
+    epoch = max(1, int(batches // trainer.accumulate_grad_batches)) if batches != float("inf") else 10**9
+    found = []
+    for config in trainer.lr_scheduler_configs:
+        if config.scheduler.optimizer is optimizer and not config.reduce_on_plateau:
+            found.append((config.scheduler, config.frequency * (1 if config.interval == "step" else epoch)))
+    return found
