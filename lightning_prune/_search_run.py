@@ -97,7 +97,7 @@ class Evaluator:
         done = attempt(cfg, place, lambda: self._work(cfg, place), evaluation=role)
         point = Point(
             sparsity=sparsity, accuracy=None, needed=math.inf, feasible=False, seed=int(cfg.seed), role=role,
-            folder=place.relative_to(self.folder).as_posix(),
+            folder=place.relative_to(self.folder).as_posix(), settings=dict(settings),
         )  # fmt: skip
         if not done:
             point.error = str(read_facts(place).get("error"))

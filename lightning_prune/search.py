@@ -34,6 +34,7 @@ class Point:
         test_accuracy: on the test set, where it was measured.
         error: why it failed.
         folder: where its files are.
+        settings: what was set, by key of the configuration.
     """
 
     sparsity: float
@@ -45,6 +46,7 @@ class Point:
     test_accuracy: float | None = None
     error: str = ""
     folder: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
