@@ -23,7 +23,7 @@ RUNNABLE = [path for path in PAGES if RUN in TEXTS[path]]
 # the source whose messages any user can meet; those of single methods stand on their cards
 SOURCES = (
     "callback", "checks", "fit", "instantiate", "masks", "objective", "oneshot", "pipeline", "schedules",
-    "selection", "shrink", "standalone", "targets", "methods/magnitude", "methods/random",
+    "selection", "shrink", "standalone", "structured", "channels", "targets", "methods/magnitude", "methods/random",
 )  # fmt: skip
 
 
