@@ -129,16 +129,18 @@ def attention(heads: int, key_heads: int) -> nn.Module:
     return net
 
 
-def width_from_input() -> nn.Module:
+def width_from_input(dropout: float = 0.0) -> nn.Module:
     """Reshapes by the width of its input, so that no attribute can make it smaller."""
 
     def run(net: Any, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = net.qkv(x).reshape(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
         mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
-        return net.o(mixed.transpose(1, 2).reshape(batch, length, width))
+        return F.dropout(net.o(mixed.transpose(1, 2).reshape(batch, length, width)), net.dropout, net.training)
 
-    return Net(run, qkv=nn.Linear(16, 48), o=nn.Linear(16, 16))
+    net = Net(run, qkv=nn.Linear(16, 48), o=nn.Linear(16, 16))
+    net.dropout = dropout
+    return net
 
 
 def torch_attention() -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from dependency_nets import Net, width_from_input
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune._shrink_probe import mask_units
@@ -15,7 +17,7 @@ from lightning_prune.dependency import channel_groups
 from lightning_prune.shrink import load_shrunk, report_of, save_shrunk, shrink
 
 
-def blocks() -> nn.Module:
+def blocks(dropout: float = 0.0) -> nn.Module:
     """Two attention blocks that reshape by their input's width, and an output layer."""
 
     def run(net: Any, x: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ def blocks() -> nn.Module:
             x = x + block(x)
         return net.o(net.a(x).relu())
 
-    stack = nn.ModuleList([width_from_input(), width_from_input()])
+    stack = nn.ModuleList([width_from_input(dropout), width_from_input(dropout)])
     return Net(run, blocks=stack, a=nn.Linear(16, 8), o=nn.Linear(8, 3))
 
 
@@ -60,6 +62,40 @@ def test_it_agrees_with_the_mask_at_other_sizes(shrunk, shape):
     for training in (False, True):
         expected, found = masked.train(training)(x).detach(), small.train(training)(x).detach()
         assert float((expected - found).abs().max() / expected.abs().max()) < 1e-9
+
+
+@given(heads=st.lists(st.sampled_from(range(1, 15)), min_size=2, max_size=2), hidden=st.integers(1, 255))
+@settings(max_examples=4, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_heads_may_leave(heads, hidden):
+    torch.manual_seed(0)
+    module, x = blocks().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    groups = channel_groups(module, x)
+    kept = {"blocks.0.qkv": (heads[0], 4), "blocks.1.qkv": (heads[1], 4), "a": (hidden, 8)}
+    units = {
+        name: torch.tensor([bool(bits >> unit & 1) for unit in range(size)]) for name, (bits, size) in kept.items()
+    }
+    small = shrink(module, x, units, groups)
+    assert report_of(small).refused == {}
+    mask_units(module, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()})
+    expected, found = module.eval()(x).detach(), small.eval()(x).detach()
+    assert float((expected - found).abs().max() / expected.abs().max()) < 1e-9
+
+
+def test_blocks_that_run_alike_share_one_graph_in_both_modes(shrunk):
+    _, small, _ = shrunk
+    first, second = (block._graphs for block in small.blocks)
+    assert first[False][0] is first[True][0] is second[False][0]
+
+
+def test_blocks_with_dropout_have_a_graph_of_their_own_in_train_mode():
+    torch.manual_seed(0)
+    module, x = blocks(dropout=0.5), torch.randn(2, 5, 16)
+    units = {"blocks.0.qkv": torch.tensor([True, False, True, False])}
+    small = shrink(module, x, units)
+    assert report_of(small).routes == {"blocks.0.qkv": "hybrid"}
+    block = small.blocks[0]
+    assert int((block.eval()(x) == 0).sum()) == 0
+    assert 0.3 < float((block.train()(x) == 0).float().mean()) < 0.7
 
 
 def test_names_stay_and_training_goes_on(shrunk):
