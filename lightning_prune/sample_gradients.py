@@ -31,7 +31,8 @@ from lightning_prune.targets import named_tensors
 Fill = Callable[[Any, Tensor, Tensor], None]  # (batch, rows to fill, index of the batch each sample came from)
 WAYS = ("auto", "outer", "vmap", "loop")
 _FIRST_CHUNK = 256  # samples in one pass until it is known what a sample costs
-_CHUNK_BYTES = 64 * 2**20  # unfolded activations in one pass
+_FIRST_ROWS = 2  # rows of the first pass, which shows what a row costs
+_CHUNK_BYTES = 64 * 2**20  # unfolded activations in one pass, and row gradients before they reach the matrix
 _TOLERANCE = 1e-4  # float32 rows of the fast ways against the loop, relative to the largest entry
 
 
@@ -153,7 +154,7 @@ class GradientSource:
 
     def _cut_rows(self, matrix: Tensor) -> int:
         """Fill rows of `self.samples` samples; returns how many there are."""
-        done, chunk = 0, lambda: max(1, self.chunk // self.samples)
+        done, chunk = 0, lambda: max(1, self.chunk // self.samples) if self._fill else _FIRST_ROWS
         labelled = ((batch, torch.full((batch_length(batch),), index)) for batch, index in self._next_pass())
         for (batch, origin), count in regroup(labelled, len(matrix), self.samples, chunk):
             part, origins = matrix[done : done + count], origin[: count * self.samples].view(count, self.samples)
@@ -333,6 +334,7 @@ class GradientSource:
 
     def vmap(self, batch: Any, out: Tensor, origins: Tensor) -> None:
         """All rows at once; a row is a batch of its own along a new leading dimension."""
+        self.chunk = self.samples * self._rows_at_once(self.width)
         rows = map_batch(batch, lambda tensor: tensor.unflatten(0, (len(out), self.samples)))
         wanted = {name: self.parameters[name].detach() for name in self.names}
         others = {name: p.detach() for name, p in self.parameters.items() if name not in wanted}
@@ -350,7 +352,8 @@ class GradientSource:
             loss = evaluate(self.step, self.parameters, self.buffers, batch, check=False)  # the rows are checked
             calls = recorder.calls
             per_sample = sum(call.bytes for call in calls) / batch_length(batch)
-            self.chunk = int(min(4096, max(self.samples, _CHUNK_BYTES / max(1.0, per_sample))))
+            most = self.samples * self._rows_at_once(max(self.sizes))
+            self.chunk = int(min(4096, most, max(self.samples, _CHUNK_BYTES / max(1.0, per_sample))))
             grads = torch.autograd.grad(loss, [call.output for call in calls], allow_unused=True)
         columns = dict(zip(self.names, out.split(self.sizes, dim=1), strict=True))
         out.zero_()
@@ -358,6 +361,10 @@ class GradientSource:
             if grad is not None:
                 # the loss is a mean over all rows, a row is a mean over its own samples
                 columns[call.name].add_(call.rows(grad.detach(), len(out)).flatten(1), alpha=len(out))
+
+    def _rows_at_once(self, width: int) -> int:
+        """Rows of `width` gradients that fit beside the matrix before they are copied into it."""
+        return max(1, min(_FIRST_CHUNK, _CHUNK_BYTES // (4 * width)))
 
     def _agrees(self, fill: Fill, batch: Any, origins: Tensor) -> bool:
         count = min(2, batch_length(batch) // self.samples)
