@@ -55,6 +55,17 @@ def test_the_callback_example_keeps_a_tenth_of_the_weights(tmp_path: Path) -> No
     assert 0 < pruned <= 1
 
 
+def test_the_channels_example_ends_with_the_same_network_made_smaller(tmp_path: Path) -> None:
+    output = run("prune_channels.py", "--epochs", "2", folder=tmp_path)
+    masked, smaller = re.findall(r"test accuracy: masked ([\d.]+), smaller ([\d.]+)", output)[0]
+    assert masked == smaller
+    kept = [tuple(map(int, found)) for found in re.findall(r"(\d+) of (\d+) channels$", output, re.M)]
+    assert kept
+    assert all(0 < after < before for after, before in kept)
+    size = int(re.findall(r"small.safetensors: (\d+) bytes", output)[0])
+    assert size == (tmp_path / "small.safetensors").stat().st_size
+
+
 def test_the_finetuning_example_writes_a_checkpoint_that_a_dense_class_reads(tmp_path: Path) -> None:
     output = run("finetune_from_checkpoint.py", "--epochs", "2", "--dense-epochs", "3", folder=tmp_path)
     (total,) = cells(output, "selected weights")
