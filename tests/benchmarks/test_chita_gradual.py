@@ -3,9 +3,10 @@
 `LIGHTNING_PRUNE_DATA=... pytest -m benchmark -s tests/benchmarks/test_chita_gradual.py`
 
 ResNet-20 of width 8 on 5,000 pictures of Fashion-MNIST, averaged to 14 x 14 pixels. Per seed one dense network of 6
-epochs, from which every row starts; every row trains for 6 more epochs (300 steps). Gradual rows prune after 0, 1, 2 and 3
-epochs (poly from 0.5) under restarting cosines, one-shot rows before the first step under one cosine. Every result is
-a line of `chita_gradual.jsonl` in the folder LIGHTNING_PRUNE_RESULTS, where a second run finds what is done.
+epochs, from which every row starts; every row trains for 6 more epochs. An epoch is 50 steps of 50 pictures. Gradual rows
+prune after 0, 1, 2 and 3 epochs (poly from 0.5) under restarting cosines, one-shot rows before the first step under one
+cosine. Every result is a line of `chita_gradual.jsonl` in the folder LIGHTNING_PRUNE_RESULTS, where a second run finds
+what is done.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not (FOLDER / "fashion_mnist").is_dir(), reason="needs Fashion-MNIST in LIGHTNING_PRUNE_DATA"),
 ]
-SEEDS, SPARSITIES, EPOCHS, PRUNINGS = (0, 1, 2), (0.9, 0.95, 0.98), 6, 4
+SEEDS, SPARSITIES = (0, 1, 2), (0.9, 0.95, 0.98)
+EPOCHS, STEPS, PRUNINGS = 6, 50, 4
 PEAK = 0.1
 
 
@@ -59,6 +61,7 @@ METHODS: dict[str, Any] = {
     "magnitude, one-shot": lambda s: Magnitude(s, measure=False, refit_bn=True, refit_bn_batches=10),
     "magnitude, gradual": lambda s: Magnitude(at=pairs(s), measure=False, refit_bn=True, refit_bn_batches=10),
     "CHITA, gradual": chita,
+    "CHITA, gradual, refits=5": partial(chita, refits=5, first_order=True),
 }
 
 
@@ -76,7 +79,7 @@ def fit(net: LitClassifier, data: FashionMNIST, callbacks: list[Any]) -> tuple[f
     """Train; returns test accuracy in % and processor seconds."""
     trainer = Trainer(
         max_epochs=EPOCHS, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, limit_train_batches=STEPS,
     )  # fmt: skip
     started = time.process_time()
     trainer.fit(net, train_dataloaders=data.train_dataloader())
@@ -122,7 +125,7 @@ def one(name: str, sparsity: float, seed: int, data: FashionMNIST, state: dict[s
     row: dict[str, Any] = {"method": name, "sparsity": sparsity, "seed": seed, "accuracy": accuracy, "seconds": seconds}
     for callback in callbacks:
         last = callback.history[-1]
-        assert last["kept"] == last["total"] - int(sparsity * last["total"] + 1e-9)
+        assert abs(last["sparsity"] - sparsity) < 1e-3  # random pruning rounds layer by layer
         row["pruning_seconds"] = sum(event["seconds"] for event in callback.history)
         row["notes"] = [note for event in callback.history for note in event["notes"]]
     results.add(row)
@@ -138,7 +141,7 @@ def test_gradual_chita_beside_its_controls(tmp_path: Path) -> None:
     folder = Path(os.environ.get("LIGHTNING_PRUNE_RESULTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "chita_gradual.jsonl")
-    data = FashionMNIST(subset=5000, batch_size=100)
+    data = FashionMNIST(subset=5000, batch_size=50)
     data.prepare_data()
     data.setup("fit")
     for seed in SEEDS:
