@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -47,6 +48,28 @@ class PruningAtMoments(PruningCallback):
                 raise MisconfigurationException(
                     f"`at`={moment.when!r} lies before step {position.step}, at which this fit goes on from a checkpoint "
                     "that was not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `at`."
+                )
+
+        if not trainer.fast_dev_run:
+            self._check_order(trainer, position.total_steps)
+
+    def _check_order(self, trainer: Trainer, total_steps: int | None) -> None:
+        """Epochs and fractions of one list compare only now that the length of the fit is known."""
+        steps: list[tuple[float, Moment]] = []
+        for moment in self.moments[self.events :]:
+            if isinstance(moment.when, float):
+                first: float | None = None if total_steps is None else moment.when * total_steps
+            elif isinstance(moment.when, int):
+                first = steps_before_epoch(trainer, trainer.lightning_module, moment.when)
+            else:
+                first = 0 if moment.when == "start" else float("inf")
+            if first is not None:
+                steps.append((first, moment))
+        for (one, before), (two, after) in pairwise(steps):
+            if two < one:
+                raise MisconfigurationException(
+                    f"`at` must list moments in order, but in this fit {before.when!r} (step {one:g}) comes after "
+                    f"{after.when!r} (step {two:g}). Sort the pairs, or use epochs or fractions alone."
                 )
 
     def _check_not_beyond(self, trainer: Trainer, moment: Moment, position: Position) -> None:

@@ -141,6 +141,11 @@ def test_epochs_work_in_an_endless_fit() -> None:
         (lambda: magnitude(5), {"max_epochs": 10, "max_steps": 4}, r"`at`=5 .*lies beyond the fit"),
         (lambda: magnitude(5), {"max_epochs": -1, "max_steps": 4}, r"`at`=5 .*lies beyond the fit"),
         (lambda: Magnitude(at=[(1, 0.1), (7, 0.2)], measure=False), {}, r"`at`=7 .*lies beyond the fit"),
+        (
+            lambda: Magnitude(at=[(3, 0.1), (0.5, 0.2)], measure=False),
+            {"max_epochs": 4},
+            r"3 \(step 18\) comes after 0.5 ",
+        ),
         (lambda: gradual(end=100), {}, r"`end` must lie within the fit of 12 optimizer steps, got 100"),
         (lambda: gradual(begin=11, end=0.5), {}, r"`begin` must not lie after `end`, got steps 11 and 6"),
     ],
