@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune.methods._pfp_bounds import draws_for_error, expected_distinct
 
-__all__ = ["Allocation", "Demand", "allocate", "counts_at"]
+__all__ = ["Allocation", "Demand", "allocate", "counts_at", "rounded_down"]
 
 _LOW, _HIGH, _HALVINGS = 1e-8, 1e8, 200
 Cost = Callable[[Mapping[str, int]], int]
@@ -108,3 +108,23 @@ def _topped_up(demands: Mapping[str, Demand], cost: Cost, limit: float, counts: 
                 break
         else:
             return counts
+
+
+def rounded_down(
+    counts: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], round_to: int, min_keep: int = 1
+) -> dict[str, int]:
+    """Keep fewer units where kept units x positions per unit then is a multiple, and that leaves any.
+
+    Args:
+        counts: units kept by group name.
+        shapes: (units, positions per unit) by group name.
+        round_to: the multiple, >= 1.
+        min_keep: groups do not fall below so many units.
+    """
+    rounded = {}
+    for name, count in counts.items():
+        units, width = shapes[name]
+        step = round_to // math.gcd(round_to, width)
+        wanted = count // step * step
+        rounded[name] = count if count == units or wanted < max(min_keep, 1) else wanted
+    return rounded
