@@ -35,8 +35,9 @@ NOTHING_SMALLER = Smaller()
 def arguments_of(method: object) -> dict[str, Any]:
     """Return the constructor arguments of a callback as plain values (each is stored under its own name)."""
     names: dict[str, None] = {}
+    ours = {base.__module__.split(".")[0] for base in (type(method), PruningCallback)}
     for base in type(method).__mro__:
-        if "__init__" in vars(base) and base.__module__.startswith(type(method).__module__.split(".")[0]):
+        if "__init__" in vars(base) and base.__module__.split(".")[0] in ours:
             names.update(
                 dict.fromkeys(
                     p.name

@@ -93,6 +93,16 @@ def test_the_receipt_states_what_was_asked_and_got():
     assert receipt.reached["flops"] is None
 
 
+def test_a_method_of_ones_own_states_the_arguments_it_inherits():
+    class Loud(Magnitude):
+        def __init__(self, volume: int = 11, **common: Any) -> None:
+            super().__init__(**common)
+            self.volume = volume
+
+    arguments = prune(net(), Loud(sparsity=0.5)).arguments
+    assert (arguments["volume"], arguments["sparsity"], arguments["seed"]) == (11, 0.5, 0)
+
+
 def test_an_example_input_gives_flops_and_leaves_the_module_as_it_was(tiny):
     """FLOPs of one image: 2 for each multiply-add of 4 x 9 x 16, 16 x 8 and 8 x 3."""
     before = copy.deepcopy(dict(tiny.named_buffers()))
