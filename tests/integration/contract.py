@@ -46,6 +46,15 @@ class Spec:
     def build(self, **arguments: Any) -> Any:
         return self.kind(**{**self.arguments, **self.small, **arguments})
 
+    @property
+    def counts_weights(self) -> bool:
+        """Whether `sparsity` is a fraction of single weights (not of channels)."""
+        return "sparsity" in self.arguments and getattr(self.kind, "counts", "weights") == "weights"
+
+    def needs_weight_counts(self) -> None:
+        if not self.counts_weights:
+            pytest.skip(f"{self.name} takes no sparsity of single weights")
+
     def needs(self, argument: str) -> None:
         if argument not in self.arguments:
             pytest.skip(f"{self.name} takes no `{argument}`")

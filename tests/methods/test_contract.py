@@ -158,7 +158,7 @@ def test_a_copy_made_after_a_fit_is_independent(run: Run) -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.9])
 def test_the_kept_count_is_exact(spec: Spec, sparsity: float) -> None:
-    spec.needs("sparsity")
+    spec.needs_weight_counts()
     module, callback = toy(), spec.build(sparsity=sparsity)
     fit(module, callback)
     expected = target_kept(callback, module)
@@ -172,7 +172,7 @@ def test_the_receipt_counts_what_the_weights_hold(spec: Spec, run: Run) -> None:
     kept = {name: int((parameters[name] != 0).sum()) for name in masks_of(run.module)}
     size = sum(parameter.numel() for parameter in run.module.parameters())
     total = sum(parameters[name].numel() for name in kept)
-    assert total == Toy.TOTAL or ("sparsity" not in spec.arguments and total > Toy.TOTAL)  # channels take biases along
+    assert total == Toy.TOTAL or (not spec.counts_weights and total > Toy.TOTAL)  # channels take biases along
     assert (receipt.reached["kept"], receipt.reached["total"]) == (sum(kept.values()), total)
     assert receipt.reached["sparsity"] == pytest.approx(1 - sum(kept.values()) / total, abs=1e-12)
     assert receipt.reached["params"] == {"dense": size, "pruned": size - total + sum(kept.values())}
@@ -182,7 +182,7 @@ def test_the_receipt_counts_what_the_weights_hold(spec: Spec, run: Run) -> None:
 
 
 def test_prune_without_a_trainer_reaches_the_same_count(spec: Spec) -> None:
-    spec.needs("sparsity")
+    spec.needs_weight_counts()
     module, callback = toy(), spec.build()
     receipt = prune(module, callback, toy_loader(), loss_fn=toy_loss)
     assert kept_of(module, masks_of(module)) == target_kept(callback, module) == receipt.reached["kept"]
@@ -237,7 +237,7 @@ def test_trainer_settings_let_nothing_grow_back(spec: Spec, settings: dict[str, 
     assert watch.found == [] == leaks(module)
     assert watch.pruned_steps > 0
     assert all(event["step"] <= trainer.global_step for event in callback.history)
-    if "sparsity" in spec.arguments:
+    if spec.counts_weights:
         assert (
             kept_of(module, masks_of(module))
             <= target_kept(callback, module)
@@ -259,7 +259,7 @@ def test_manual_optimization_with_several_optimizers_keeps_the_zeros(spec: Spec)
     trainer = fit(module, callback, watch)
     assert watch.steps == trainer.global_step == 2 * STEPS * 3
     assert watch.found == [] == leaks(module)
-    if "sparsity" in spec.arguments:
+    if spec.counts_weights:
         assert kept_of(module, masks_of(module)) == target_kept(callback, module)
 
 
@@ -363,7 +363,7 @@ def test_a_fit_after_an_exception_goes_on(spec: Spec) -> None:
     fit(module, callback, watch)
     assert watch.found == [] == leaks(module)
     assert watch.steps == 2 * STEPS
-    if "sparsity" in spec.arguments:
+    if spec.counts_weights:
         assert kept_of(module, masks_of(module)) == target_kept(callback, module)
 
 
