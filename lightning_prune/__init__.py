@@ -19,6 +19,7 @@ _EXPORTS = {
     "CHITA": "methods.chita",
     "ChipNet": "methods.chipnet",
     "GradualMagnitude": "methods.magnitude",
+    "HSPG": "methods.hspg",
     "Magnitude": "methods.magnitude",
     "MaskManager": "masks",
     "ProsPr": "methods.prospr",

@@ -54,7 +54,7 @@ class ProximalCallback(PruningCallback):
     """
 
     shards: ClassVar[bool] = False
-    needs_step_scale: ClassVar[bool] = False  # whether a threshold must match the optimizer's steps
+    needs_step_scale: bool = False  # whether a threshold must match the optimizer's steps
 
     def __init__(self, begin: int | float, end: int | float, **common: Any) -> None:
         super().__init__(**common)
@@ -68,6 +68,8 @@ class ProximalCallback(PruningCallback):
         super().reset()
         self._step = 0  # real optimizer steps of this fit (batches, with manual optimization)
         self._moved = False
+        self._over = False  # whether the fit has ended
+        self._complete = False
         self._bounds: tuple[int, int] | None = None
         self._saved: dict[str, Any] | None = None
         self._engine: Any = None
@@ -77,15 +79,20 @@ class ProximalCallback(PruningCallback):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_engine": None, "_handles": [], "_saved": None}
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First step acted on and the step of the freeze, in optimizer steps of this fit."""
+        return self._bounds or (0, 1)
+
     # what a method answers
 
     @abstractmethod
     def make_engine(self, context: Context, trainer: Trainer) -> Any:
-        """Return what acts: `parts`, `before(part, step)`, `after(part, step)`, `advance(step)`, state and `propose`."""
+        """Return what acts on the optimizers' steps, a `Penalty` or a `Removal`."""
 
     def settle(self, trainer: Trainer) -> None:
         """Settle the penalty once: at `begin`, or after some steps where the optimizer's metric must be seen first."""
-        begin, end = self._bounds or (0, 1)
+        begin, end = self.bounds
         wait = min(METRIC_STEPS, max(1, (end - begin) // 10)) if self._engine.learns_metric else 0
         if self._engine.settled or self._step < begin + wait:
             return
@@ -164,10 +171,23 @@ class ProximalCallback(PruningCallback):
 
     @override
     def due(self, position: Position) -> float | None:
-        """The engine's target at `end`, or when the fit ends before it."""
-        if self._engine is None or self._bounds is None or self.finished:
+        """The engine's target when it has something to commit; the final one when the fit ends before that."""
+        if self._engine is None or self.finished:
             return None
-        return self._engine.target if position.ended or self._step >= self._bounds[1] else None
+        self._over = position.ended
+        if self._over:
+            return float(self._engine.final_target)
+        return float(self._engine.target) if self._engine.due(self._step) else None
+
+    @property
+    @override
+    def finished(self) -> bool:
+        return self._complete
+
+    @override
+    def mark_done(self, position: Position) -> None:
+        super().mark_done(position)
+        self._complete = self._engine.committed(self._over)
 
     @override
     def propose(self, context: Context) -> Proposal:
@@ -176,19 +196,23 @@ class ProximalCallback(PruningCallback):
             raise ValueError(
                 f"{self.method} works while a network is trained. Add it to a Trainer's callbacks, or use a one-shot method."
             )
-        return self._engine.propose(context, over=True)
+        return self._engine.propose(context, self._over)
 
     @override
     def extra_state(self) -> dict[str, Any]:
-        return {"step": self._step, "engine": None if self.finished else self._engine_state()}
+        return {
+            "step": self._step,
+            "complete": self._complete,
+            "engine": None if self.finished else self._engine_state(),
+        }
 
     @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self._step, self._saved = int(state["step"]), state["engine"]
+        self._step, self._complete, self._saved = int(state["step"]), bool(state["complete"]), state["engine"]
 
     def reaches(self, trainer: Trainer) -> dict[Optimizer, list[float]]:
         """Return sum_t a_t kappa_t from now to `end` for every param group of every optimizer."""
-        left = max(0, (self._bounds or (0, 0))[1] - self._step)
+        left = max(0, self.bounds[1] - self._step)
         found = {}
         for part in self._engine.parts:
             optimizer = part.optimizer
@@ -201,7 +225,7 @@ class ProximalCallback(PruningCallback):
         return self._saved if self._engine is None else self._engine.state_dict()
 
     def _advance(self, trainer: Trainer) -> None:
-        if self._engine is not None and self._bounds is not None and self._step >= self._bounds[0]:
+        if self._engine is not None and self._step >= self.bounds[0]:
             self.settle(trainer)
             self._engine.advance(self._step)
 

@@ -40,6 +40,7 @@ class Penalty:
         asked: the penalty, >= 0, or "auto".
         factor: of "auto", > 0; see `settle`.
         eps: of the projected step.
+        deadline: step at which what is zero becomes masks.
     Attributes:
         value: the penalty in force, >= 0; 0 does nothing at all.
         settled: whether `settle` has been called.
@@ -52,7 +53,9 @@ class Penalty:
         asked: float | str = "auto",
         factor: float = 2.0,
         eps: float = 0.0,
+        deadline: int = 2**62,
     ) -> None:
+        self.deadline = deadline
         self.parts, self.stage_at, self.asked, self.factor, self.eps = list(parts), stage_at, asked, factor, eps
         self.value = 0.0 if isinstance(asked, str) else asked
         self.settled = False
@@ -61,6 +64,19 @@ class Penalty:
     def target(self) -> float:
         """What a pruning event says was asked: the penalty."""
         return self.value
+
+    @property
+    def final_target(self) -> float:
+        """The same."""
+        return self.value
+
+    def due(self, step: int) -> bool:
+        """Whether what is zero becomes masks now."""
+        return step >= self.deadline
+
+    def committed(self, over: bool) -> bool:
+        """Called when it has; True: that was all."""
+        return True
 
     @property
     def learns_metric(self) -> bool:

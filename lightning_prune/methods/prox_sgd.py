@@ -59,7 +59,7 @@ class ProxSGD(ProximalCallback):
     """
 
     method: ClassVar[str] = "prox_sgd"
-    needs_step_scale: ClassVar[bool] = True
+    needs_step_scale = True
 
     def __init__(
         self,
@@ -84,7 +84,9 @@ class ProxSGD(ProximalCallback):
 
     @override
     def make_engine(self, context: Context, trainer: Trainer) -> Penalty:
-        common: dict[str, Any] = {"stage_at": self.stage_at, "asked": self.penalty, "factor": self.auto_factor}
+        common: dict[str, Any] = {
+            "stage_at": self.stage_at, "asked": self.penalty, "factor": self.auto_factor, "deadline": self.bounds[1],
+        }  # fmt: skip
         if not self.structured:
             targets = select(context.module, self.include, self.exclude)
             return L1Penalty(parts=tensor_parts(targets, trainer.optimizers), **common)
@@ -94,5 +96,5 @@ class ProxSGD(ProximalCallback):
 
     def stage_at(self, step: int) -> Stage:
         """Return what follows the step with this index."""
-        begin, end = self._bounds or (0, 0)
+        begin, end = self.bounds
         return "prox" if begin <= step < end else "off"
