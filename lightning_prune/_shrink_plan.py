@@ -79,16 +79,21 @@ class CutPlan:
 
     @torch.no_grad()
     def cut_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Cut the optimizer's state of every cut parameter; state of another shape (step counts) is kept."""
+        """Cut the optimizer's state of every cut parameter.
+
+        State of the parameter's shape is cut like it, factored state (size 1 in some dims) along its other dims; all
+        else (step counts) is kept.
+        """
         for name, tensor in tensors_by_name(module).items():
             for key, value in optimizer.state.get(tensor, {}).items():
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                if isinstance(value, Tensor) and _is_shaped_like(value, tensor):
                     optimizer.state[tensor][key] = self.narrow(name, value)
 
     def narrow(self, name: str, tensor: Tensor) -> Tensor:
         """Return the kept positions of a tensor shaped like parameter or buffer `name`; itself if nothing is cut."""
         for dims in (self.kept.get(name), self._replaced_dims(name)):
-            tensor = tensor if dims is None else narrowed(tensor, dims)
+            full = {dim: at for dim, at in (dims or {}).items() if tensor.shape[int(dim)] > 1}
+            tensor = narrowed(tensor, full) if full else tensor
         return tensor
 
     def _replaced_dims(self, name: str) -> Mapping[Any, Sequence[int]] | None:
@@ -161,6 +166,11 @@ class CutPlan:
             inside = edit.path == prefix or edit.path.startswith(dot)
             if inside:
                 apply_edit(module.get_submodule(edit.path[len(dot) :] if edit.path != prefix else ""), edit)
+
+
+def _is_shaped_like(value: Tensor, tensor: Tensor) -> bool:
+    """Whether the sizes are those of `tensor`, or 1."""
+    return value.dim() == tensor.dim() and all(a in (1, b) for a, b in zip(value.shape, tensor.shape, strict=True))
 
 
 def plan_for(

@@ -141,6 +141,7 @@ def channel_groups(
     walk = analyse(graphs, module, pinned, time_limit)
     groups = build_groups(walk)
     unread = _unread(module, graphs)
+    notes += _fallbacks(graphs)
     if unread and any(graph.origin != "export" for graph in graphs):
         notes.append(
             "Only one recorded path could be traced, and it does not read every trainable parameter "
@@ -178,6 +179,12 @@ def _trace_all(module: nn.Module, calls: Sequence[Call], train_mode: bool) -> tu
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return graphs, notes
+
+
+def _fallbacks(graphs: Sequence[Graph]) -> list[str]:
+    """Say which recorder took over where torch.export failed, and why it failed."""
+    found = {graph.origin: graph.reason for graph in graphs if graph.origin != "export"}
+    return [f"The graph was recorded by {origin}, which sees one path only ({why})." for origin, why in found.items()]
 
 
 def _excluded(module: nn.Module, patterns: Sequence[str]) -> list[str]:

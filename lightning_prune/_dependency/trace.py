@@ -69,6 +69,7 @@ class Graph:
         origin: "export", "draft_export" or "make_fx".
         training: whether it was traced in train mode.
         program: the ExportedProgram, or the GraphModule of make_fx.
+        reason: why the ways before `origin` failed, in torch's words.
     """
 
     inputs: list[tuple[fx.Node, str | None, bool, Any]]
@@ -80,6 +81,7 @@ class Graph:
     origin: str = "export"
     training: bool = False
     program: Any = None
+    reason: str = ""
 
     def read(self) -> set[str]:
         """Return names of parameters and buffers that some step reads."""
@@ -102,6 +104,7 @@ def trace(module: nn.Module, call: Call, training: bool) -> Graph:
             reasons.append(f"{origin}: {type(error).__name__}: {_first_line(error)}")
             continue
         graph.source, graph.origin, graph.training, graph.program = call, origin, training, program
+        graph.reason = "; ".join(reasons)
         return graph
     raise ValueError(
         f"`module` must be traceable, got {type(module).__name__}. " + "; ".join(reasons) + ". Nothing was changed."
@@ -141,13 +144,20 @@ def quiet(tracing: bool = True) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     logging.disable(logging.CRITICAL)
     try:
-        with isolated_rng(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with isolated_rng(), warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
         torch.backends.mha.set_fastpath_enabled(fused)
         transformer._detect_is_causal_mask = detect
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """An export that fails prints the graph so far."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _export(module: nn.Module, call: Call) -> Any:
@@ -180,10 +190,12 @@ def _without_log_files() -> Iterator[None]:
         home.CaptureStructuredTrace = original
         for handler in made:
             stream = getattr(handler, "stream", None)
+            path = getattr(handler, "_stream_path", None) or getattr(stream, "name", None)
             handler.close()
             if stream is not None:
                 stream.close()
-                Path(stream.name).unlink(missing_ok=True)
+            if isinstance(path, str):  # a stream on a bare descriptor is named by its number
+                Path(path).unlink(missing_ok=True)
 
 
 def _make_fx(module: nn.Module, call: Call) -> Any:
