@@ -5,7 +5,8 @@ Averaging them anew over a few dozen batches needs no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,46 @@ from lightning_prune.sandbox import untouched
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers that keep running statistics."""
     return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
+
+
+def named_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of `batch_norms` by their path in the module."""
+    ours = {id(norm) for norm in batch_norms(module)}  # not `in`: to compare two torchmetrics makes a new, true one
+    return {path: child for path, child in module.named_modules() if id(child) in ours}
+
+
+@contextmanager
+def averaging(norms: Mapping[str, nn.Module], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Start statistics anew as plain means over the batches to come, in stand-ins for the layers' buffers.
+
+    Args:
+        norms: layers by path, from `named_batch_norms`.
+        buffers: stand-ins by the path of the buffer.
+    """
+    momenta = [norm.momentum for norm in norms.values()]
+    for path, norm in norms.items():
+        for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("num_batches_tracked", 0)):
+            buffers[f"{path}.{name}" if path else name].fill_(value)
+        norm.momentum = None  # type: ignore[assignment]
+    try:
+        with in_training(norms.values()):
+            yield
+    finally:
+        for norm, momentum in zip(norms.values(), momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextmanager
+def in_training(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Put layers in training mode for a while, then in eval mode."""
+    norms = list(norms)
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.eval()
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +56,24 @@ def batch_length(batch: Any) -> int:
     return int(lengths[0])
 
 
+def sample_count(batch: Any) -> int:
+    """Return the number of samples in a batch; 1 where that cannot be told."""
+    try:
+        return batch_length(batch)
+    except ValueError:
+        return 1
+
+
+def count_samples(batches: Iterable[Any], limit: int) -> int:
+    """Return how many samples the batches have; reading stops once there are `limit`."""
+    count = 0
+    for batch in batches:
+        count += sample_count(batch)
+        if count >= limit:
+            break
+    return count
+
+
 def slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples start..stop-1 of every tensor that has the batch's length; everything else as it is."""
     length = batch_length(batch)
@@ -70,6 +88,18 @@ def join_batches(one: Any, two: Any) -> Any:
         return None
     joined = iter([torch.cat([a, b]) if a.dim() else a for a, b in zip(first, second, strict=True)])
     return map_batch(one, lambda tensor: next(joined))
+
+
+def joined(parts: Iterable[tuple[Any, int, int]], most: int) -> Iterator[tuple[Any, int, int]]:
+    """Yield (batch, samples in it, index) with neighbours joined while they fit into `most` samples; the last index stays."""
+    held: tuple[Any, int, int] | None = None
+    for part, count, index in parts:
+        both = None if held is None or held[1] + count > most else join_batches(held[0], part)
+        if held is not None and both is None:
+            yield held
+        held = (part, count, index) if held is None or both is None else (both, held[1] + count, index)
+    if held is not None:
+        yield held
 
 
 def map_batch(batch: Any, function: Callable[[Tensor], Tensor], length: int | None = None) -> Any:

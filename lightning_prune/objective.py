@@ -167,11 +167,17 @@ def evaluate(
     """Return the loss of the wrapped step as a function of parameters (canonical names) and buffers."""
     named = live_names(step, {f"module.{name}": value for name, value in (*parameters.items(), *buffers.items())})
     loss = torch.func.functional_call(step, named, (batch, index), tie_weights=False)
-    if check and not bool(torch.isfinite(loss)):
+    if check:
+        check_finite(loss, index)
+    return loss
+
+
+def check_finite(loss: Tensor, index: int) -> None:
+    """Raise ValueError if a loss is not finite; `index` is that of its calibration batch."""
+    if not bool(torch.isfinite(loss)):
         raise ValueError(
             f"the loss of calibration batch {index} is not finite, got {loss.detach().item()}. Check loss and data."
         )
-    return loss
 
 
 def live_names(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

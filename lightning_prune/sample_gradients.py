@@ -18,14 +18,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune._layer_rows import NotOuter, Recorder
-from lightning_prune.batch_norm import batch_norms
-from lightning_prune.batches import batch_length, map_batch, regroup, slice_batch
+from lightning_prune.batch_norm import averaging, batch_norms, in_training, named_batch_norms
+from lightning_prune.batches import batch_length, joined, map_batch, regroup, sample_count, slice_batch
 from lightning_prune.checks import check_choice, check_integer
 from lightning_prune.masks import full
-from lightning_prune.objective import Objective, buffers_of, evaluate
+from lightning_prune.objective import Objective, buffers_of, check_finite, evaluate, live_names
 from lightning_prune.targets import named_tensors
 
 Fill = Callable[[Any, Tensor, Tensor], None]  # (batch, rows to fill, index of the batch each sample came from)
@@ -99,6 +99,7 @@ class GradientSource:
         self.samples, self.rows_given, self.samples_used = 1, 0, 0
         self.whole: bool | None = None
         self._held: list[tuple[Any, int]] = []  # (part, samples in it)
+        self._named: dict[str, Tensor] | None = None
         self._rest: tuple[Any, int] | None = None  # of a batch that one call did not use up
         self._index = 0  # of the next batch in this pass
         self._position = 0  # samples read in this pass
@@ -124,7 +125,7 @@ class GradientSource:
         self._check_cut(samples_per_row)
         limit, samples, count = rows * samples_per_row, 0, 0
         for batch in self.objective.batches(None):
-            samples, count = samples + _length(batch), count + 1
+            samples, count = samples + sample_count(batch), count + 1
             if (count >= rows) if self.whole else (samples >= limit):
                 break
         if self.whole:
@@ -172,7 +173,7 @@ class GradientSource:
             origin = torch.tensor([[index]])
             self._fill_row(batch, matrix[done], index)
             _check_rows(matrix[done : done + 1], origin)
-            done, seen = done + 1, seen + _length(batch)
+            done, seen = done + 1, seen + sample_count(batch)
             self.objective.advance()
             if done == len(matrix):
                 break
@@ -201,25 +202,32 @@ class GradientSource:
                 stacklevel=2,
             )
 
-    def mean(self, samples: int, check: bool = True) -> tuple[float, Tensor]:
+    def mean(self, samples: int, check: bool = True, train_norms: bool = False) -> tuple[float, Tensor]:
         """Return (mean loss, its gradient of shape (p,)) over the next `samples` samples, or all there are.
 
         Args:
             samples: >= 1.
             check: refuse a loss or gradient that is not finite; a search for weights would rather see it.
+            train_norms: BatchNorm takes the statistics of the batch, as in training.
         Raises:
             ValueError: there is no sample, or a loss or gradient is not finite (the batch is named).
         """
         total = torch.zeros(self.width, device=self.device)
         loss_sum, seen = 0.0, 0
-        for batch, count, index in self._take(check_integer("samples", samples, 1)):
-            loss, flat = self._gradient(batch, index, check)
-            total.add_(flat, alpha=count)
-            if check:
-                _check_rows(flat[None], torch.tensor([[index]]))
-            self.samples_used += count
-            loss_sum, seen = loss_sum + count * float(loss), seen + count
-            self.objective.advance()
+        norms = batch_norms(self.step.get_submodule("module")) if train_norms else []
+        parts = self._take(check_integer("samples", samples, 1))
+        with in_training(norms):
+            # a batch that is not finite can be named only if it is not joined to its neighbours
+            for batch, count, index in parts if self.whole or check else joined(parts, self.chunk):
+                if train_norms and count == 1 and seen:
+                    continue  # one sample has no variance
+                loss, flat = self._gradient(batch, index, check)
+                if check:
+                    _check_rows(flat[None], torch.tensor([[index]]))
+                total.add_(flat, alpha=count)
+                self.samples_used += count
+                loss_sum, seen = loss_sum + count * float(loss), seen + count
+                self.objective.advance()
         if not seen:
             raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
         return loss_sum / seen, total.div_(seen)
@@ -229,9 +237,8 @@ class GradientSource:
         if not self._held:
             self._held = [(batch, count) for batch, count, _ in self._take(check_integer("samples", samples, 1))]
         with torch.no_grad():
-            values = [evaluate(self.step, self.parameters, self.buffers, batch, check=False) for batch, _ in self._held]
-        counts = [count for _, count in self._held]
-        return sum(count * float(value) for count, value in zip(counts, values, strict=True)) / sum(counts)
+            losses = [float(self._loss(batch, 0, False)) * count for batch, count in self._held]
+        return sum(losses) / sum(count for _, count in self._held)
 
     def refit_batch_norm(self, samples: int) -> None:
         """Re-estimate the BatchNorm statistics that gradients are taken with, at the current weights.
@@ -241,28 +248,14 @@ class GradientSource:
         Args:
             samples: calibration samples, >= 1.
         """
-        module: nn.Module = self.step.get_submodule("module")
-        norms = batch_norms(module)
+        norms = named_batch_norms(self.step.get_submodule("module"))
         if not norms:
             return
         self._check_cut(2)  # while BatchNorm takes any number of samples
-        momenta = [norm.momentum for norm in norms]
-        ours = {id(norm) for norm in norms}  # not `in norms`: to compare two torchmetrics makes a new, true one
-        for path, norm in module.named_modules():
-            if id(norm) in ours:
-                for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("num_batches_tracked", 0)):
-                    self.buffers[f"{path}.{name}" if path else name].fill_(value)
-                norm.momentum = None  # a plain mean over all batches
-                norm.train()
-        try:
-            with torch.no_grad():
-                for number, (batch, count, _) in enumerate(self._take(check_integer("samples", samples, 1))):
-                    if count > 1 or not number:  # one sample has no variance, and a batch of a rest is easily one
-                        evaluate(self.step, self.parameters, self.buffers, batch, check=False)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-                norm.eval()
+        with torch.no_grad(), averaging(norms, self.buffers):
+            for number, (batch, count, _) in enumerate(self._take(check_integer("samples", samples, 1))):
+                if count > 1 or not number:  # one sample has no variance, and a batch of a rest is easily one
+                    self._loss(batch, 0, False)
 
     def _take(self, samples: int) -> Iterator[tuple[Any, int, int]]:
         """Yield (part, samples in it, index of its batch) for parts of the stream that add up to `samples`.
@@ -271,7 +264,7 @@ class GradientSource:
         """
         self._check_cut(1)
         for batch, index in self._next_pass():
-            length, used = _length(batch), 0
+            length, used = sample_count(batch), 0
             while used < length and samples > 0:
                 count = length if self.whole else min(samples, self.chunk, length - used)
                 yield (batch if self.whole else slice_batch(batch, used, used + count)), count, index
@@ -285,12 +278,12 @@ class GradientSource:
         given, restarted = 0, False
         if self._rest is not None:
             (batch, index), self._rest = self._rest, None
-            given = _length(batch)
+            given = sample_count(batch)
             yield batch, index
         while self._length is None or given < self._length:
             batch = next(self._stream, None)
             if batch is not None:
-                given, self._position = given + _length(batch), self._position + _length(batch)
+                given, self._position = given + sample_count(batch), self._position + sample_count(batch)
                 self._index += 1
                 yield batch, self._index - 1
             elif restarted:
@@ -319,10 +312,20 @@ class GradientSource:
     def _fill_row(self, batch: Any, out: Tensor, index: int) -> None:
         out.copy_(self._gradient(batch, index)[1])
 
+    def _loss(self, batch: Any, index: int, check: bool = True) -> Tensor:
+        """`evaluate` at the present weights; the names are looked up once, for small networks cost less than that."""
+        if self._named is None:
+            values = {f"module.{name}": value for name, value in (*self.parameters.items(), *self.buffers.items())}
+            self._named = live_names(self.step, values)
+        loss = torch.func.functional_call(self.step, self._named, (batch, index), tie_weights=False)
+        if check:
+            check_finite(loss, index)
+        return loss
+
     def _gradient(self, batch: Any, index: int, check: bool = True) -> tuple[Tensor, Tensor]:
         """(loss, its gradient of shape (p,)) of one batch by one backward pass."""
         wanted = [self.parameters[name] for name in self.names]
-        loss = evaluate(self.step, self.parameters, self.buffers, batch, index, check)
+        loss = self._loss(batch, index, check)
         if not loss.requires_grad:
             raise ValueError(
                 f"the loss of calibration batch {index} does not depend on the parameters. Return it without "
@@ -378,17 +381,9 @@ class GradientSource:
         return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max().clamp_min(1e-12))
 
 
-def _length(batch: Any) -> int:
-    """Samples of a batch; 1 where that cannot be told."""
-    try:
-        return batch_length(batch)
-    except ValueError:
-        return 1
-
-
 def _check_rows(part: Tensor, origins: Tensor) -> None:
     """Raise ValueError if a row is not finite; `origins` has the index of the batch of each sample in each row."""
-    finite = torch.isfinite(part).all(dim=1)
+    finite = torch.isfinite(part.sum(dim=1))  # much faster than entry by entry
     if not bool(finite.all()):
         first, last = origins[int((~finite).nonzero()[0])].aminmax()
         which = f"batch {int(first)}" if first == last else f"batches {int(first)} to {int(last)}"

@@ -146,9 +146,9 @@ class Quadratic:
         """Return the same problem without its first-order term, without checking A again."""
         return self._with(step=0.0)
 
-    def damped(self, ridge: float, step: float) -> Quadratic:
-        """Return the same rows with another ridge and the row mean as first-order term, without checking A again."""
-        return self._with(ridge=ridge, step=step, gradient=None)
+    def with_ridge(self, ridge: float) -> Quadratic:
+        """Return the same problem with another ridge, without checking A again."""
+        return self._with(ridge=ridge)
 
     def _with(self, **changes: Any) -> Quadratic:
         other = copy(self)

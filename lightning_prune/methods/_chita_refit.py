@@ -1,35 +1,30 @@
-"""Refits between two prunings: steps along fresh gradients in the metric of a stage's Fisher matrix.
+"""Refits between two prunings: steps along fresh gradients on a fixed support.
 
-A stage of multi-stage CHITA pays for its gradient matrix A and the Gram matrix of its support once. On a fixed support
-the quadratic of Benbaki et al. (ICML 2023, section 3) can be centred anew at the weights reached, with the gradient g
-of a fresh batch and the A at hand; its minimiser is a step along
+The quadratic of Benbaki et al. (ICML 2023, section 3) holds near the weights at which its gradients were taken. After a
+stage has jumped, its kept weights are refitted by steps along the gradients of fresh, small batches, as Adam takes them
+(Kingma and Ba, ICLR 2015, algorithm 1), in units of the weights' own size (Shazeer and Stern, "Adafactor", ICML 2018,
+section 8): the size of a layer then needs no step length of its own.
 
-    -(A_S^T A_S + 2 mu I)^{-1} n alpha g_S,
-
-a Newton step with a Hessian that lags behind. It costs one mean gradient and two triangular solves. These steps are
-not in the paper: they use more training samples than one stage of it, and `Refit` counts them.
+These steps are not in the paper: they use more training samples than one stage of it, and the receipt counts them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_prune.checks import check_fraction, check_integer, check_positive
-from lightning_prune.methods._chita_exact import SupportSystem, inverse
-from lightning_prune.methods._chita_problem import Quadratic
 
 Gradient = Callable[[Tensor], tuple[float, Tensor]]
 Loss = Callable[[Tensor], float]
 
-_GATHER = 8  # columns of the support are copied when they are fewer than p / _GATHER
-_STRETCH = 6  # times a step length is doubled or halved at most
-_SMOOTH = 0.2  # weight of the newest batch in the running loss
-_TROUBLE = 2.0  # a batch loss above this multiple of the best running loss takes the last good weights back
+_TINY = 1e-12  # a gradient of this size or less moves nothing
+_NOISE = 2.0  # times the loss may rise between stages, while steps are long and their noise has not died down
+_TRIES = 3  # the step length is halved at most twice in one stage
 
 
 @dataclass(frozen=True)
@@ -37,144 +32,140 @@ class RefitSettings:
     """How to refit.
 
     Attributes:
-        count: steps, >= 0.
-        ridge: ridge of the metric in units of the mean squared row norm of A, > 0.
-        momentum: share of the last step kept, in [0, 1).
-        length: fraction of the step length that a line search finds along the first direction, > 0.
-        final_length: step length at the end of the refits in units of that at their start, in [0, 1].
-        average: whether to return the mean of the second half of the steps instead of the last one.
+        count: steps over all stages, >= 0.
+        last: share of them that follows the last stage, in [0, 1); the other stages have equal parts of the rest.
+        length: first step in units of the root mean square of a tensor's kept weights, > 0; it falls to 0 linearly.
+        momentum: decay of the running mean of gradients, in [0, 1).
+        memory: decay of the running mean of their squares, in [0, 1).
     """
 
-    count: int = 40
-    ridge: float = 3e-4
-    momentum: float = 0.8
-    length: float = 0.8
-    final_length: float = 0.5
-    average: bool = True
+    count: int = 600
+    last: float = 0.5
+    length: float = 0.1
+    momentum: float = 0.9
+    memory: float = 0.999
 
     def __post_init__(self) -> None:
         check_integer("count", self.count, 0)
-        check_positive("ridge", self.ridge)
-        check_fraction("momentum", self.momentum)
         check_positive("length", self.length)
-        if not 0 <= self.final_length <= 1:
-            raise ValueError(f"`final_length` must be in [0, 1], got {self.final_length}. 1 keeps the length.")
+        for name in ("last", "momentum", "memory"):
+            check_fraction(name, getattr(self, name))
 
 
-class Metric:
-    """Apply -(A_S^T A_S + 2 mu I)^{-1} n alpha to gradients, with one factorisation.
+def refit_counts(count: int, stages: int, last: float = 0.5) -> list[int]:
+    """Return the steps after each stage.
 
     Args:
-        problem: the quadratic; its `step` is alpha, its `ridge` the ridge of the metric.
-        system: the support with its Gram matrix.
-    Raises:
-        ValueError: the ridge is too small for the precision at hand.
+        count: steps in all, >= 0.
+        stages: >= 1.
+        last: share of the last stage where there are several, in [0, 1).
+    """
+    if stages == 1:
+        return [count]
+    each = int(count * (1 - last)) // (stages - 1)
+    return [each] * (stages - 1) + [count - each * (stages - 1)]
+
+
+class Moments:
+    """Running means of gradients g and of their squares, both without the bias of their start at 0.
+
+        m <- b m + (1 - b) g,   v <- c v + (1 - c) g^2,   direction = (m / (1 - b^t)) / (sqrt(v / (1 - c^t)) + tiny)
+
+    Args:
+        like: gives shape and type.
+        momentum: b in [0, 1).
+        memory: c in [0, 1).
     """
 
-    def __init__(self, problem: Quadratic, system: SupportSystem) -> None:
-        self.problem, self.system = problem, system
-        self.invert = inverse(system.gram, torch.tensor([problem.damping], device=problem.rows.device))
-        few = _GATHER * system.index.numel() <= problem.p
-        self.panel = problem.rows.index_select(1, system.index).to(problem.dtype) if few and system.dual else None
+    def __init__(self, like: Tensor, momentum: float, memory: float) -> None:
+        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
+        self.momentum, self.memory, self.steps = momentum, memory, 0
+
+    def copy(self) -> Moments:
+        """Return moments that may go on without these."""
+        other = Moments.__new__(Moments)
+        other.__dict__.update(self.__dict__, mean=self.mean.clone(), square=self.square.clone())
+        return other
+
+    def keep(self, support: Tensor) -> None:
+        """Forget the mean gradients outside a support; bool of shape (p,)."""
+        self.mean.mul_(support)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Return the step for a mean gradient of shape (p,); shape (p,), 0 outside the support."""
-        index = self.system.index
-        right = gradient.to(self.problem.dtype)[index] * (self.problem.n * self.problem.step)
-        moved = torch.zeros_like(self.problem.center)
-        moved[index] = -(self._dual(right) if self.system.dual else self._solve(right))
-        return moved
-
-    def _solve(self, right: Tensor) -> Tensor:
-        return self.invert(right.double()[:, None])[:, 0].to(right.dtype)
-
-    def _dual(self, right: Tensor) -> Tensor:
-        """(right - A_S^T (A_S A_S^T + 2 mu I)^{-1} A_S right) / (2 mu) for `right` of shape (k,)."""
-        if self.panel is not None:
-            image = self._solve(self.panel @ right)
-            return (right - image @ self.panel) / self.problem.damping
-        spread = torch.zeros_like(self.problem.center)
-        spread[self.system.index] = right
-        image = self.invert(self.problem.forward(spread)[:, None])[:, 0]
-        return (right - self.problem.adjoint(image)[self.system.index]) / self.problem.damping
+        """Take a gradient of shape (p,) in; return the direction along which the loss rises, of shape (p,)."""
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - self.momentum)
+        self.square.mul_(self.memory).addcmul_(gradient, gradient, value=1 - self.memory)
+        size = self.square.sqrt().mul_(1 / math.sqrt(1 - self.memory**self.steps)).add_(_TINY)
+        return torch.div(self.mean, size, out=size).mul_(1 / (1 - self.momentum**self.steps))
 
 
-@dataclass(frozen=True, eq=False)
-class Refitted:
-    """What `refit` returns: weights of shape (p,), the line search's step length, and how often it had to turn back."""
-
-    weights: Tensor
-    length: float
-    troubles: int
-
-
-def refit(
-    weights: Tensor,
-    metric: Callable[[Tensor], Tensor],
-    gradient: Gradient,
-    loss: Loss,
-    settings: RefitSettings,
-    guess: float = 1.0,
-) -> Refitted:
-    """Step along fresh gradients on a fixed support, with momentum and a step length found by line search.
-
-    v <- momentum v + length_t metric(g(w)),  w <- w + v. A batch whose loss is far above the best seen, or not finite,
-    takes the best weights back and halves the length.
+class Refitter:
+    """Refit after every stage of a run; what it learns of the gradients in one stage serves the next.
 
     Args:
-        weights: start, shape (p,).
-        metric: gradient of shape (p,) -> descent direction of shape (p,), 0 outside the support.
-        gradient: weights -> (mean loss, mean gradient of shape (p,)) over a fresh batch of training samples.
-        loss: weights -> mean loss over calibration samples that stay the same.
         settings: how many steps, and how.
-        guess: step length from which the line search starts, > 0; the length of the last stage saves evaluations.
+        sizes: entries of each tensor in the flat vector of p weights, in order.
+        stages: number of stages, >= 1.
+    Attributes:
+        length: step length now; halved whenever a refit has not lowered the loss.
+        troubles: how often that was.
     """
-    safe, best, running, half = weights, math.inf, math.nan, settings.count // 2
-    velocity, mean, troubles, length = torch.zeros_like(weights), torch.zeros_like(weights), 0, guess
-    for done in range(settings.count):
-        value, slope = gradient(weights)
-        if done and not value < _TROUBLE * best:
-            troubles += 1
-            weights, velocity, running, length = safe, torch.zeros_like(weights), best, length / 2
-        else:
-            running = running + _SMOOTH * (value - running) if done else value
-            if running <= best:
-                safe, best = weights, running
-            direction = metric(slope)
-            if not done:
-                guess = line_search(weights, direction, loss, guess)
-                length = settings.length * guess
-            now = length * (1 + (settings.final_length - 1) * done / settings.count)
-            velocity = settings.momentum * velocity + now * direction
-            weights = weights + velocity
-        if done >= half:
-            mean += (weights - mean) / (done - half + 1)
-    return Refitted(mean if settings.average and settings.count else weights, guess, troubles)
+
+    def __init__(self, settings: RefitSettings, sizes: Sequence[int], stages: int) -> None:
+        self.settings, self.sizes = settings, list(sizes)
+        self.counts = refit_counts(settings.count, stages, settings.last)
+        self.length, self.troubles, self.stage, self.done = settings.length, 0, 0, 0
+        self._moments: Moments | None = None
+
+    def refit(self, weights: Tensor, support: Tensor, gradient: Gradient, loss: Loss, before: float) -> Tensor:
+        """Return the weights after this stage's steps; as they were if no step length lowered the loss.
+
+        Args:
+            weights: shape (p,), 0 outside the support.
+            support: bool of shape (p,).
+            gradient: weights -> (mean loss, mean gradient of shape (p,)) over a fresh batch of training samples.
+            loss: weights -> mean loss over calibration samples that stay the same.
+            before: that loss at `weights`.
+        """
+        count, self.stage = self.counts[self.stage], self.stage + 1
+        if not count or not bool(support.any()):
+            return weights
+        moments = self._moments or Moments(weights, self.settings.momentum, self.settings.memory)
+        moments.keep(support)
+        unit = kept_sizes(weights, support, self.sizes)
+        for _ in range(_TRIES):
+            trial = moments.copy()
+            moved = self._descend(weights, unit, gradient, count, trial)
+            limit = before if self.stage == len(self.counts) else _NOISE * before
+            if moved is not None and loss(moved) <= limit:
+                weights, moments = moved, trial
+                break
+            self.length, self.troubles = self.length / 2, self.troubles + 1
+        self.done, self._moments = self.done + count, moments
+        return weights
+
+    def _descend(
+        self, weights: Tensor, unit: Tensor, gradient: Gradient, count: int, moments: Moments
+    ) -> Tensor | None:
+        """The weights after `count` steps; None once a batch has no finite loss."""
+        weights = weights.clone()
+        for done in range(self.done, self.done + count):
+            value, slope = gradient(weights)
+            if not math.isfinite(value):
+                return None
+            length = self.length * (1 - done / self.settings.count)
+            weights.addcmul_(unit, moments.direction(slope), value=-length)
+        return weights
 
 
-def line_search(weights: Tensor, direction: Tensor, loss: Loss, guess: float = 1.0) -> float:
-    """Return a length guess * 2^i at which the loss along a direction is lowest, by doubling or halving.
-
-    The length changes by at most a factor of 64 either way, and stays at the guess if nothing lowers the loss: on few
-    calibration samples a direction that helps may look as if it did not.
+def kept_sizes(weights: Tensor, support: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the root mean square of the kept weights of each tensor at its kept entries, 0 elsewhere; shape (p,).
 
     Args:
-        weights: where to start, shape (p,).
-        direction: shape (p,).
-        loss: weights -> loss; values that are not finite count as infinitely high.
-        guess: first length tried, > 0.
+        weights: shape (p,), 0 outside the support.
+        support: bool of shape (p,).
+        sizes: entries of each tensor, in order.
     """
-
-    def at(length: float) -> float:
-        value = loss(weights + length * direction)
-        return value if math.isfinite(value) else math.inf
-
-    length, value, factor = guess, at(guess), 2.0
-    if not (after := at(2 * length)) < value:
-        factor, after = 0.5, at(length / 2)
-    for _ in range(_STRETCH):
-        if not (after < value or after == math.inf):
-            break
-        length, value = factor * length, after
-        after = at(factor * length)
-    return length if value < loss(weights) else guess
+    parts = zip(weights.split(list(sizes)), support.split(list(sizes)), strict=True)
+    return torch.cat([kept * (part.square().sum() / kept.sum().clamp_min(1)).sqrt() for part, kept in parts])

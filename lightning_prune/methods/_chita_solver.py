@@ -147,9 +147,11 @@ def stepped_support(problem: Quadratic, support: Tensor, k: int) -> Tensor:
     slope = gradient(problem, still, torch.zeros(problem.n, dtype=torch.float64, device=still.device))
     tau = float(frozen_step(problem, slope, support))
     best, value = support, start_point(problem, support).value
+    others = ~support if problem.alive is None else problem.alive & ~support
     for _ in range(_HALVINGS):
-        if torch.equal(_moved_support(problem, slope, tau, k)[0], support):
-            break
+        moved = (problem.center - tau * slope).abs_()
+        if bool(moved.masked_fill(~support, torch.inf).min() > moved.masked_fill(~others, -torch.inf).max()):
+            break  # the support stays
         tau /= 2
     for _ in range(_DOUBLINGS):
         trial, weights = _moved_support(problem, slope, tau, k)

@@ -3,34 +3,42 @@
 Benbaki et al., ICML 2023, section 3.4 (schedules) and M-FAC (Frantar, Kurtic, Alistarh, NeurIPS 2021) for the
 geometric schedule.
 
-Departures from the paper: a stage may solve for several ridges at the price of one and take the one with the lowest
-loss on calibration samples; it may measure weights in units of their gradients (`metric`), so that neither the choice
-of the support nor the ridge depends on the scale of a layer; and it may refit the kept weights (see `_chita_refit`).
+Departures from the paper: a stage solves for several ridges at the price of one and takes the one with the lowest loss
+on calibration samples, and a larger one still where the true loss rises far beyond what the quadratic says; it may
+measure weights in units of their gradients (`metric`), so that neither the choice of the support nor the ridge depends
+on the scale of a layer; a stage that does worse on calibration samples than the largest weights alone gives way to them;
+and the kept weights are refitted after each stage (see `_chita_refit`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_prune.checks import check_choice, check_fraction, check_integer, check_positive
-from lightning_prune.methods._chita_exact import SupportSystem, solve_system, support_system
+from lightning_prune.methods._chita_block import block_bounds, solve_blocks
+from lightning_prune.methods._chita_exact import solve_system, support_system
 from lightning_prune.methods._chita_iht import diagonal
+from lightning_prune.methods._chita_obs import obs_support, single_updates
 from lightning_prune.methods._chita_problem import (
     Quadratic,
     check_count,
+    keep_largest,
     magnitude_support,
     squared_row_norms,
 )
-from lightning_prune.methods._chita_refit import Gradient, Loss, Metric, RefitSettings, Refitted, refit
+from lightning_prune.methods._chita_refit import Gradient, Loss, RefitSettings, Refitter
 from lightning_prune.methods._chita_solver import solve_iht, stepped_support
 from lightning_prune.selection import kept_count
 
 SCHEDULES = ("exp", "poly", "linear", "const", "mfac")
+ALGORITHMS = ("iht", "bso", "block", "obs", "woodfisher")
+_BEYOND = 3.0  # a loss that rises by more than this multiple of what the quadratic says has left its region
+_LARGER = 2  # times the ridge is then raised tenfold, at most
 _FLOOR = 1e-2  # least gradient size in units of the mean, where weights are measured in units of their gradients
 
 
@@ -76,21 +84,25 @@ class StageSettings:
     """How one stage prunes.
 
     Attributes:
-        ridges: ridges to try, in units of the mean squared row norm of A, each > 0.
+        ridges: ridges to try, ascending, in units of the mean squared row norm of A, each > 0.
         metric: weights and gradients are measured in units of the root mean square gradient of each weight to this
             power, in [0, 1]; 0 leaves them alone.
         first_order: whether the stage also steps along the gradient, not only repairs what it prunes.
-        algorithm: "bso" (one exact solve) or "iht" (hard thresholding and swaps first).
+        algorithm: "bso" (one exact solve), "iht" (hard thresholding and swaps first), "block" (exact solves in blocks),
+            "obs" (scores of single weights, then one exact solve) or "woodfisher" (the same scores, and the sum of the
+            updates of single weights).
         refit: steps along fresh gradients after the solve.
         shares: shares of the first-order step to try, each in [0, 1].
+        block_size: weights in a block of "block", >= 1.
     """
 
-    ridges: tuple[float, ...] = (1e-4,)
-    metric: float = 0.75
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    metric: float = 0.5
     first_order: bool = True
     algorithm: str = "bso"
     refit: RefitSettings = field(default_factory=RefitSettings)
-    shares: tuple[float, ...] = (1.0, 0.25, 0.0)
+    shares: tuple[float, ...] = (1.0, 0.0)
+    block_size: int = 500
 
     def __post_init__(self) -> None:
         if not self.ridges:
@@ -101,7 +113,8 @@ class StageSettings:
             raise ValueError(f"`shares` must hold values in [0, 1], got {self.shares}. (1.0,) takes the whole step.")
         if not 0 <= self.metric <= 1:
             raise ValueError(f"`metric` must be in [0, 1], got {self.metric}. 0 leaves weights in their own units.")
-        check_choice("algorithm", self.algorithm, ("bso", "iht"))
+        check_choice("algorithm", self.algorithm, ALGORITHMS)
+        check_integer("block_size", self.block_size, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,54 +124,65 @@ class Stage:
     Attributes:
         weights: shape (p,), 0 outside the support.
         support: bool of shape (p,), exactly the number asked for.
-        ridge: the ridge taken, in units of the mean squared row norm.
+        ridge: the ridge taken, in units of the mean squared row norm; nan where the largest weights were kept as they are.
         share: the share of the first-order step taken; 0 without one.
-        solved_loss: calibration loss after the exact solve; nan if there was nothing to choose.
-        movement: |w - w_bar|.
+        loss: calibration loss after the solve.
+        expected: rise of the loss that the quadratic expected.
         returned: kept weights that were 0 before.
-        length: step length of the refits' line search, the guess for the next stage.
-        troubles: how often the refits turned back.
     """
 
     weights: Tensor
     support: Tensor
     ridge: float
     share: float
-    solved_loss: float
-    movement: float
+    loss: float
+    expected: float
     returned: int
-    length: float
-    troubles: int
 
 
 def run_stages(
     weights: Tensor,
     sparsities: Sequence[float],
-    rows: Callable[[Tensor], Tensor],
-    samples_per_row: int,
+    rows: Callable[[Tensor], tuple[Tensor, int]],
     gradient: Gradient,
     loss: Loss,
     settings: StageSettings,
     alive: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Stage]:
-    """Prune stage by stage; yield each stage when it is done.
+    """Prune stage by stage; yield each stage when it is done, with its kept weights refitted.
 
     Args:
         weights: w_bar, shape (p,).
         sparsities: pruned fraction of the p weights after each stage, from `stage_sparsities`.
-        rows: weights -> gradient matrix (n, p) over fresh samples; the stage overwrites it.
-        samples_per_row: m >= 1, samples averaged in one row.
+        rows: weights -> gradient matrix (n, p) over fresh samples, and samples in each row; the stage overwrites it.
         gradient: weights -> (mean loss, mean gradient of shape (p,)) over a fresh batch.
         loss: weights -> mean loss over calibration samples that stay the same.
         settings: how a stage prunes.
         alive: bool of shape (p,); weights that are False are gone and do not return.
+        sizes: entries of each tensor in the flat vector, in order; None takes it as one tensor.
+        mean: weights -> gradient of shape (p,) from a batch of its own; None takes the mean of the rows.
     """
-    length = 1.0
+    sizes = [weights.numel()] if sizes is None else list(sizes)
+    refitter = Refitter(settings.refit, sizes, len(sparsities))
     for sparsity in sparsities:
-        k = kept_count(weights.numel(), sparsity)
-        stage = run_stage(weights, k, rows(weights), samples_per_row, gradient, loss, settings, alive, length)
-        yield stage
-        weights, length = stage.weights, stage.length
+        k = min(kept_count(weights.numel(), sparsity), weights.numel() if alive is None else int(alive.sum()))
+        own = mean(weights) if mean is not None and settings.first_order else None
+        stage = run_stage(weights, k, *rows(weights), loss, settings, alive, own, sizes)
+        stage = _unless_worse(stage, weights, k, loss, alive)
+        weights = refitter.refit(stage.weights, stage.support, gradient, loss, stage.loss)
+        yield replace(stage, weights=weights)
+
+
+def _unless_worse(stage: Stage, weights: Tensor, k: int, loss: Loss, alive: Tensor | None) -> Stage:
+    """The stage; where the quadratic does not hold so far out, the largest weights as they are."""
+    kept = keep_largest(weights.abs(), k, alive)
+    plain = loss(weights * kept)
+    if stage.loss <= plain or not math.isfinite(plain):
+        return stage
+    returned = int((kept & (weights == 0)).sum())
+    return Stage(weights * kept, kept, math.nan, 0.0, plain, math.nan, returned)
 
 
 def run_stage(
@@ -166,26 +190,24 @@ def run_stage(
     k: int,
     rows: Tensor,
     samples_per_row: int,
-    gradient: Gradient,
     loss: Loss,
     settings: StageSettings,
     alive: Tensor | None = None,
-    guess: float = 1.0,
     mean_gradient: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Stage:
-    """Prune once: choose the support, solve on it, refit.
+    """Prune once: choose the support, then the values on it.
 
     Args:
         weights: w_bar, shape (p,).
         k: number of weights kept.
         rows: gradient matrix (n, p) at w_bar; overwritten.
         samples_per_row: m >= 1.
-        gradient: weights -> (mean loss, mean gradient of shape (p,)) over a fresh batch.
         loss: weights -> mean loss over calibration samples that stay the same.
         settings: how to prune.
         alive: bool of shape (p,); weights that are False are gone and do not return.
-        guess: where the refits' line search starts.
         mean_gradient: gradient at w_bar, shape (p,), from a batch of its own; None takes the mean of the rows.
+        sizes: entries of each tensor in the flat vector, in order; None takes it as one tensor.
     Raises:
         ValueError: `k` is out of range, rows are not finite, or every ridge is too small for the precision at hand.
     """
@@ -200,18 +222,11 @@ def run_stage(
     used = step if settings.first_order else 0.0
     problem = Quadratic(rows, center, settings.ridges[0] * unit, used, mean_gradient if used else None, alive)
     check_count(problem, k)
-    system = _choose(problem, k, settings.algorithm)
-    solved = _best_solution(problem, system, settings, unit, scale, loss)
-    fitted = Refitted(solved.weights, guess, 0)
-    if settings.refit.count and k:
-        metric = Metric(problem.damped(settings.refit.ridge * unit, step), system)
-        fitted = refit(solved.weights, _scaled(metric, scale), gradient, loss, settings.refit, guess)
-    returned = int((system.support & (weights == 0)).sum())
-    movement = float((fitted.weights - weights).norm())
-    return Stage(
-        fitted.weights, system.support, solved.ridge, solved.share, solved.loss, movement, returned,
-        fitted.length, fitted.troubles,
-    )  # fmt: skip
+    support = choose_support(problem, k, settings.algorithm)
+    solver = _Solver(problem, support, settings, unit, scale, sizes)
+    best = solver.best(loss, lambda: loss(weights), step)
+    returned = int((support & (weights == 0)).sum())
+    return Stage(best.weights, support, best.ridge, best.share, best.loss, best.expected, returned)
 
 
 def gradient_scale(rows: Tensor, power: float) -> Tensor | None:
@@ -232,11 +247,13 @@ def gradient_scale(rows: Tensor, power: float) -> Tensor | None:
     return scale / scale.mean()
 
 
-def _choose(problem: Quadratic, k: int, algorithm: str) -> SupportSystem:
-    """The support and its system."""
+def choose_support(problem: Quadratic, k: int, algorithm: str) -> Tensor:
+    """Return the k weights that an algorithm keeps; bool of shape (p,)."""
     if algorithm == "iht":
-        return support_system(problem, solve_iht(problem, k).support)
-    return support_system(problem, stepped_support(problem, magnitude_support(problem, k), k))
+        return solve_iht(problem, k).support
+    if algorithm in ("obs", "woodfisher"):
+        return obs_support(problem, k)
+    return stepped_support(problem, magnitude_support(problem, k), k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,40 +262,71 @@ class _Candidate:
     ridge: float
     share: float
     loss: float
+    expected: float
 
 
-def _best_solution(
-    problem: Quadratic,
-    system: SupportSystem,
-    settings: StageSettings,
-    unit: float,
-    scale: Tensor | None,
-    loss: Loss,
-) -> _Candidate:
-    """The exact solution with the lowest calibration loss over ridges and shares of the first-order step.
+class _Solver:
+    """Values on one support, for several ridges and shares of the first-order step, compared by calibration loss."""
 
-    The solution is affine in the first-order term, so that two solves give every share.
-    """
-    ridges = [ridge * unit for ridge in settings.ridges]
-    whole = solve_system(problem, system, ridges)
-    shares = settings.shares if problem.first_order else (0.0,)
-    repaired = (
-        whole if set(shares) <= {1.0} or not problem.first_order else solve_system(problem.repair(), system, ridges)
-    )
-    best = None
-    for ridge, full, base in zip(settings.ridges, whole, repaired, strict=True):
-        for share in shares:
-            weights = base + share * (full - base) if full is not base else full
-            weights = weights if scale is None else weights / scale
-            if len(ridges) == len(shares) == 1:
-                return _Candidate(weights, ridge, share, math.nan)
-            value = loss(weights)
-            if best is None or value < best.loss or math.isnan(best.loss):
-                best = _Candidate(weights, ridge, share, value)
-    assert best is not None
-    return best
+    def __init__(
+        self,
+        problem: Quadratic,
+        support: Tensor,
+        settings: StageSettings,
+        unit: float,
+        scale: Tensor | None,
+        sizes: Sequence[int] | None,
+    ) -> None:
+        self.problem, self.support, self.settings, self.unit, self.scale = problem, support, settings, unit, scale
+        self.sizes = [problem.p] if sizes is None else list(sizes)
+        self.joint = settings.algorithm not in ("block", "woodfisher")
+        self.system = support_system(problem, support) if self.joint else None
+        whole = not problem.first_order or settings.algorithm == "woodfisher"
+        self.shares = (0.0,) if whole else settings.shares
 
+    def best(self, loss: Loss, before: Callable[[], float], step: float) -> _Candidate:
+        """The candidate with the lowest loss; ten times the largest ridge as well where it rose beyond the model."""
+        ridges = self.settings.ridges
+        best: _Candidate | None = None
+        for _ in range(1 + _LARGER):
+            for candidate in self.candidates(ridges):
+                value = loss(candidate.weights)
+                if best is None or value < best.loss or math.isnan(best.loss):
+                    best = replace(candidate, loss=value, expected=self.expected_rise(candidate.weights, step))
+            assert best is not None
+            if len(self.settings.ridges) == 1 or best.ridge < ridges[-1]:
+                break  # the user's own ridge, or a smaller one does better
+            if not best.loss - before() > _BEYOND * max(best.expected, 0.0):
+                break
+            ridges = (10 * ridges[-1],)
+        return best
 
-def _scaled(metric: Metric, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The direction in the weights' own units."""
-    return metric.direction if scale is None else lambda gradient: metric.direction(gradient / scale) / scale
+    def candidates(self, ridges: Sequence[float]) -> Iterator[_Candidate]:
+        """The solution is affine in the first-order term: two solves give every share."""
+        whole = self.solve(self.problem, ridges)
+        plain = self.problem.repair() if self.problem.first_order else None
+        base = whole if plain is None or set(self.shares) == {1.0} else self.solve(plain, ridges)
+        for ridge, full, repaired in zip(ridges, whole, base, strict=True):
+            for share in self.shares:
+                weights = full if full is repaired else torch.lerp(repaired, full, share)
+                weights = weights if self.scale is None else weights / self.scale
+                yield _Candidate(weights, ridge, share, math.nan, math.nan)
+
+    def solve(self, problem: Quadratic, ridges: Sequence[float]) -> Sequence[Tensor]:
+        """The values for each ridge, each of shape (p,)."""
+        values = [ridge * self.unit for ridge in ridges]
+        if self.system is not None:
+            return list(solve_system(problem, self.system, values))
+        damped = [problem.with_ridge(value) for value in values]
+        if self.settings.algorithm == "woodfisher":
+            return [single_updates(one, self.support) for one in damped]
+        bounds = block_bounds(self.sizes, self.settings.block_size)
+        return [solve_blocks(one, self.support, bounds) for one in damped]
+
+    def expected_rise(self, weights: Tensor, step: float) -> float:
+        """What the quadratic says the mean loss rises by: (1/n) 1^T A d + (m / 2n) |A d|^2."""
+        move = (weights if self.scale is None else weights * self.scale) - self.problem.center
+        image = self.problem.forward(move)
+        own = self.problem.linear
+        slope = image.mean() if own is None else (own.double() * move).sum() / (self.problem.n * self.problem.step)
+        return float(slope + 0.5 * image.square().mean() / step)

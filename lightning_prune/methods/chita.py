@@ -9,16 +9,19 @@ Departures from the paper, each with its reason:
 - `ridge` is a multiple of the mean squared norm of the gradient rows, so that one default serves networks of all scales.
 - Weights may be measured in units of their own gradients (`metric`), so that no layer is favoured for its scale. Under
   BatchNorm the scale of a layer is free and its gradients say little; there the default leaves weights in their own units.
-- With BatchNorm, statistics are re-estimated inside a stage, before the kept weights are refitted to them.
+- The ridge is chosen in each stage by the loss on held-out calibration samples, and raised where the quadratic does not
+  hold; with BatchNorm, statistics are re-estimated before any such comparison.
 - A stage that does worse on held-out samples than the largest weights alone gives way to them.
-- After a stage the kept weights are refitted (`refits`): the quadratic is centred anew on the gradient of a fresh batch,
-  with the factorisation that is already there. It is training data well used, not pruning; `refits=0` leaves it out.
+- After a stage the kept weights take steps along the gradients of fresh batches (`refits`). It is training data well
+  used, not pruning; `refits=0` leaves it out.
+- By default the sparsity goes from one half to the target in eight stages of the geometric schedule.
 - The first-order term may come from a larger batch of its own (`gradient_samples`).
 - A weight that was pruned in an earlier event never returns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,21 +35,31 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.batch_norm import batch_norms
+from lightning_prune.batches import count_samples
 from lightning_prune.checks import check_bool, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import DTensor
-from lightning_prune.methods._chita_problem import Quadratic, keep_largest, relative_ridge
 from lightning_prune.methods._chita_refit import RefitSettings
-from lightning_prune.methods._chita_solver import solve_block
-from lightning_prune.methods._chita_stages import SCHEDULES, Stage, StageSettings, run_stage, stage_sparsities
+from lightning_prune.methods._chita_stages import (
+    ALGORITHMS,
+    SCHEDULES,
+    Stage,
+    StageSettings,
+    run_stages,
+    stage_sparsities,
+)
 from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.sample_gradients import GradientSource
 from lightning_prune.selection import kept_count
 from lightning_prune.targets import named_tensors
 
-__all__ = ["CHITA", "check_memory", "prune_in_blocks", "prune_in_stages"]
+__all__ = ["CHITA", "check_memory", "prune_in_stages"]
 
 METRIC = 0.5  # of networks without BatchNorm
+RIDGES = (1e-4, 1e-3, 1e-2)
+HELD_SAMPLES = 500  # by which stages compare losses
+SETTLE_SAMPLES = 250  # on which BatchNorm statistics are re-estimated before each comparison
+PASSES = 10  # refits read the data at most so many times
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,8 +73,7 @@ def prune_in_stages(
     settings: StageSettings,
     dtype: torch.dtype = torch.float32,
     gradient_samples: int | None = None,
-    refit_samples: int = 1000,
-    on_fallback: Callable[[float], None] = lambda sparsity: None,
+    refit_samples: int = 128,
 ) -> Iterator[Stage]:
     """Run CHITA++: solve a stage for every sparsity, each around the result of the one before; yield each stage.
 
@@ -76,86 +88,36 @@ def prune_in_stages(
         dtype: storage of the rows.
         gradient_samples: samples of a separate batch for the first-order term; None takes the mean of the rows.
         refit_samples: samples in each gradient of a refit, >= 1.
-        on_fallback: told the sparsity of a stage whose result was worse on held-out calibration samples than plain
-            magnitude pruning, which is then taken instead.
     """
+    normed = bool(batch_norms(source.objective.module))
+
+    def matrix(at: Tensor) -> tuple[Tensor, int]:
+        source.at(at)
+        return source.rows(rows, samples_per_row, dtype), source.samples
 
     def gradient(at: Tensor) -> tuple[float, Tensor]:
         source.at(at)
-        return source.mean(refit_samples, check=False)
+        return source.mean(refit_samples, check=False, train_norms=normed)
 
     def loss(at: Tensor) -> float:
         source.at(at)
-        return source.held_loss(refit_samples)
+        source.refit_batch_norm(SETTLE_SAMPLES)
+        return source.held_loss(HELD_SAMPLES)
 
-    def settled_loss(at: Tensor) -> float:
+    def mean(at: Tensor) -> Tensor:
         source.at(at)
-        source.refit_batch_norm(refit_samples)
-        return source.held_loss(refit_samples)
+        return source.mean(gradient_samples or 1)[1]
 
-    length, normed = 1.0, bool(batch_norms(source.objective.module))
-    for sparsity in sparsities:
-        source.at(weights)
-        matrix = None  # the one before makes room
-        matrix = source.rows(rows, samples_per_row, dtype)
-        mean = source.mean(gradient_samples)[1] if gradient_samples and settings.first_order else None
-        k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
-        first = settings if not normed else replace(settings, refit=replace(settings.refit, count=0))
-        stage = run_stage(weights, k, matrix, source.samples, gradient, loss, first, _or_none(alive), length, mean)
-        kept = magnitude_mask(weights, k, alive)
-        fallen = not settled_loss(stage.weights) <= settled_loss(weights * kept)
-        if fallen:  # the quadratic does not hold so far out: start from the largest weights as they are
-            stage = replace(stage, weights=weights * kept, support=kept, length=1.0)
-            on_fallback(sparsity)
-        if (normed or fallen) and settings.refit.count and k:
-            # statistics first, then weights: refits at statistics that pruning has made wrong would be lost with them
-            before = settled_loss(stage.weights)
-            matrix = None
-            matrix = source.rows(rows, samples_per_row, dtype)
-            again = run_stage(stage.weights, k, matrix, source.samples, gradient, loss, settings, stage.support, length)
-            stage = again if loss(again.weights) <= before else stage
-        yield stage
-        weights, length = stage.weights, stage.length
-
-
-def magnitude_mask(weights: Tensor, k: int, alive: Tensor) -> Tensor:
-    """Return the bool mask of the k largest |w| among those alive, shape (p,); of equal ones the lower index stays."""
-    return keep_largest(weights.abs(), k, _or_none(alive))
-
-
-def prune_in_blocks(
-    source: GradientSource,
-    weights: Tensor,
-    alive: Tensor,
-    sparsities: Sequence[float],
-    rows: int,
-    samples_per_row: int,
-    ridge: float,
-    first_order: bool,
-    block_size: int,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Run the block-wise form over stages: global choice, then an exact solve inside every block of weights.
-
-    Args:
-        ridge: multiple of the mean squared row norm, > 0.
-        first_order: whether the gradient itself takes part.
-        block_size: weights in a block, >= 1; blocks never cross tensors.
-        source, weights, alive, sparsities, rows, samples_per_row, dtype: as in `prune_in_stages`.
-    Returns:
-        Values of shape (p,), 0 outside the support, and the support (bool, exact count).
-    """
-    support = alive
-    for sparsity in sparsities:
-        source.at(weights)
-        matrix = None
-        matrix = source.rows(rows, samples_per_row, dtype)
-        step = 1.0 / source.samples if first_order else 0.0
-        problem = Quadratic(matrix, weights, relative_ridge(matrix, ridge), step, alive=_or_none(alive))
-        k = min(kept_count(weights.numel(), sparsity), int(alive.sum()))
-        solution = solve_block(problem, k, source.sizes, block_size)
-        weights, support = solution.weights, solution.support
-    return weights, support
+    count = settings.refit.count
+    if count:
+        most = (
+            PASSES * count_samples(source.objective.batches(None), 1 + count * refit_samples // PASSES) // refit_samples
+        )
+        settings = replace(settings, refit=replace(settings.refit, count=min(count, most)))
+    yield from run_stages(
+        weights, sparsities, matrix, gradient, loss, settings, _or_none(alive), source.sizes,
+        mean if gradient_samples else None,
+    )  # fmt: skip
 
 
 def _or_none(alive: Tensor) -> Tensor | None:
@@ -174,15 +136,19 @@ class CHITA(OneShotPruning):
         schedule: how sparsity grows over the stages: "exp", "poly", "linear", "const" or "mfac".
         base_level: sparsity of the first of several stages, in [0, 1).
         polish: further stages at the final sparsity, >= 0.
-        ridge: damping as a multiple of the mean squared row norm, > 0; useful values lie in 1e-5 to 1e-2.
+        ridge: damping as a multiple of the mean squared row norm, > 0; None: chosen in each stage by the loss on
+            held-out calibration samples.
         metric: weights are measured in units of their root mean square gradient to this power, in [0, 1]; 0: not; None:
             0.5, or 0 in a network with BatchNorm.
         first_order: use the gradient of the loss, not only its curvature.
         gradient_samples: samples of a separate batch for the first-order term, >= 1; None: the mean of the rows.
-        algorithm: "iht" (hard thresholding and swaps), "bso" (one exact solve), "block" (block-wise, no refits).
+        algorithm: "bso" (one exact solve), "iht" (hard thresholding and swaps first), "block" (exact solves in blocks),
+            "obs" (scores of single weights, then one exact solve), "woodfisher" (the same scores and the updates of
+            single weights; with several stages of schedule="mfac" this is M-FAC's pruning).
         block_size: weights in a block of "block", >= 1.
         grad_dtype: storage of the gradient matrix, "float32" or "bfloat16" (half the memory).
-        refits: steps along fresh gradients after every stage, on the chosen support, >= 0.
+        refits: steps along fresh gradients on the chosen supports, half of them after the last stage, >= 0; fewer where
+            they would read the data more than ten times.
         refit_samples: samples in each of their gradients, >= 1.
         refit_bn: re-estimate BatchNorm statistics after pruning.
         **common: see `PruningCallback`.
@@ -197,21 +163,21 @@ class CHITA(OneShotPruning):
         self,
         sparsity: float | None = None,
         at: Any = "start",
-        num_grads: int = 250,
+        num_grads: int = 64,
         grad_batch: int = 16,
-        stages: int = 1,
-        schedule: str = "exp",
-        base_level: float = 0.1,
+        stages: int = 8,
+        schedule: str = "mfac",
+        base_level: float = 0.5,
         polish: int = 0,
-        ridge: float = 1e-4,
+        ridge: float | None = None,
         metric: float | None = None,
         first_order: bool = True,
         gradient_samples: int | None = None,
         algorithm: str = "bso",
         block_size: int = 500,
         grad_dtype: str = "float32",
-        refits: int = 40,
-        refit_samples: int = 1000,
+        refits: int = 600,
+        refit_samples: int = 128,
         refit_bn: bool = True,
         **common: Any,
     ) -> None:
@@ -222,23 +188,24 @@ class CHITA(OneShotPruning):
         self.schedule = check_choice("schedule", schedule, SCHEDULES)
         self.base_level = check_fraction("base_level", base_level)
         self.polish = check_integer("polish", polish, 0)
-        self.ridge = check_positive("ridge", ridge)
+        self.ridge = None if ridge is None else check_positive("ridge", ridge)
         self.metric = metric
         self.first_order = check_bool("first_order", first_order)
         self.gradient_samples = (
             None if gradient_samples is None else check_integer("gradient_samples", gradient_samples, 1)
         )
-        self.algorithm = check_choice("algorithm", algorithm, ("iht", "bso", "block"))
+        self.algorithm = check_choice("algorithm", algorithm, ALGORITHMS)
         self.block_size = check_integer("block_size", block_size, 1)
         self.grad_dtype = check_choice("grad_dtype", grad_dtype, tuple(DTYPES))
         self.refits = check_integer("refits", refits, 0)
         self.refit_samples = check_integer("refit_samples", refit_samples, 1)
         self.settings = StageSettings(
-            (self.ridge,),
+            RIDGES if self.ridge is None else (self.ridge,),
             METRIC if metric is None else metric,
             first_order,
-            "bso" if algorithm == "block" else algorithm,
+            algorithm,
             RefitSettings(count=refits),
+            block_size=block_size,
         )
 
     @override
@@ -294,17 +261,14 @@ class CHITA(OneShotPruning):
         fallbacks: list[float],
     ) -> tuple[Tensor, Tensor]:
         dtype = DTYPES[self.grad_dtype]
-        if self.algorithm == "block":
-            return prune_in_blocks(
-                source, flat, alive, sparsities, *plan, self.ridge, self.first_order, self.block_size, dtype
-            )
         plain = self.metric is None and batch_norms(source.objective.module)
         settings = replace(self.settings, metric=0.0) if plain else self.settings
-        for stage in prune_in_stages(  # noqa: B007 (the last one is the result)
-            source, flat, alive, sparsities, *plan, settings, dtype, self.gradient_samples, self.refit_samples,
-            fallbacks.append,
-        ):  # fmt: skip
+        for stage in prune_in_stages(
+            source, flat, alive, sparsities, *plan, settings, dtype, self.gradient_samples, self.refit_samples
+        ):
             advance()
+            if math.isnan(stage.ridge):
+                fallbacks.append(float(int(stage.support.sum())))
         return stage.weights, stage.support
 
 
