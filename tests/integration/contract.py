@@ -24,7 +24,7 @@ NAMES = sorted(
 # small values for arguments of these names, whatever the method
 SMALL = {
     "sparsity": 0.5, "budget": 0.5, "measure": False, "every_n_steps": 1, "rounds": 2, "steps": 2,
-    "num_grads": 8, "refits": 2, "refit_samples": 8, "refit_bn_batches": 2, "n_holdout": 4,
+    "num_grads": 8, "refits": 2, "refit_samples": 8, "refit_bn_batches": 2, "n_holdout": 4, "stages": 2,
 }  # fmt: skip
 FEW = {"n_calib": 8, "gate_lr": 10.0}  # likewise, also where the YAML leaves it to the data
 
