@@ -73,6 +73,10 @@ class Removal:
         """Bring what leaves nearer to zero; `left` steps of the period are left, this one included."""
         raise NotImplementedError
 
+    def finish(self, index: int, part: GroupPart) -> None:
+        """At the last step of a period: what leaves is gone."""
+        part.zero = part.zero | self.leaving[index]
+
     # the fit
 
     @property
@@ -111,7 +115,7 @@ class Removal:
             left = max(1, self.ends[self.period] - step)
             self.fade(index, part, left)
             if left == 1:
-                part.zero = part.zero | self.leaving[index]
+                self.finish(index, part)
             part.table.scale_((~part.zero).to(part.table.dtype))
 
     def advance(self, step: int) -> None:

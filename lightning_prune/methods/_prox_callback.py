@@ -141,6 +141,24 @@ class ProximalCallback(PruningCallback):
             raise MisconfigurationException(str(error)) from error
         return begin, max(end, begin + 1)
 
+    def steps_of(self, name: str, position: Position, trainer: Trainer) -> int:
+        """Return the argument `name`, a number of steps or a fraction of the fit, in steps.
+
+        Raises:
+            MisconfigurationException: it is a fraction, and the length of the fit is not known.
+        """
+        value = getattr(self, name)
+        if isinstance(value, int):
+            return value
+        if trainer.fast_dev_run:
+            return 0
+        if position.total_steps is None:
+            raise MisconfigurationException(
+                f"`{name}`={value} is a fraction of the fit, whose length is not known (max_epochs or max_steps is -1). "
+                "Give an int (optimizer steps)."
+            )
+        return round(value * position.total_steps)
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unhook(pl_module)

@@ -21,22 +21,22 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, get_args
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_prune.checks import check_budget, check_choice, check_fraction, check_integer, check_positive, is_number
+from lightning_prune.checks import check_budget, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
 from lightning_prune.cost import Kind
-from lightning_prune.methods._hspg_plan import Target, boundaries, cubic_share
+from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_untrained
+from lightning_prune.methods._hspg_plan import cubic_share
 from lightning_prune.methods._hspg_target import Removal, TargetHalfSpace
 from lightning_prune.methods._prox_blocks import Layout, group_parts
 from lightning_prune.methods._prox_callback import ProximalCallback, check_penalty
 from lightning_prune.methods._prox_operators import outside_half_space
 from lightning_prune.methods._prox_penalties import GroupPenalty, Stage
 from lightning_prune.methods._prox_weights import GROUP_WEIGHTS, weigh
-from lightning_prune.schedules import Position, Ramp, check_bound
+from lightning_prune.schedules import Position, check_bound
 
 __all__ = ["HSPG", "outside_half_space"]
 
@@ -169,44 +169,12 @@ class HSPG(ProximalCallback):
     @override
     def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
         super().check_fit(trainer, position, resumed)
-        self._switch = 0
-        if self.penalty is not None and not trainer.fast_dev_run:
-            try:
-                self._switch, _ = Ramp(self.switch, self.end, 1).bounds(position.total_steps)
-            except ValueError as error:
-                raise MisconfigurationException(str(error).replace("`begin`", "`switch`")) from error
-
-
-def check_ratio(value: Any) -> float:
-    """Return `max_ratio` if it lies in (0, 1], else raise ValueError."""
-    if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"`max_ratio` must be in (0, 1], the part of a layer that may be removed, got {value!r}.")
-    return float(value)
-
-
-def periods_of(
-    layout: Layout,
-    bounds: tuple[int, int],
-    periods: int,
-    sparsity: float | None,
-    budget: float | None = None,
-    budget_type: Kind | None = None,
-) -> dict[str, Any]:
-    """Return what a `Removal` needs to know: layout, target, begin and ends of periods."""
-    blocks = [block for part in layout.parts for block in part.table.blocks]
-    target = Target(
-        [block.name for block in blocks], [block.units for block in blocks], sparsity, budget, budget_type or "flops",
-        None if budget is None else layout.channels.costs,
-    )  # fmt: skip
-    begin, end = bounds
-    begin = min(max(begin, 1), end)  # one step is measured before anything is chosen
-    return {"layout": layout, "target": target, "begin": begin, "ends": boundaries(begin, end, periods)}
-
-
-def propose_untrained(removal: Any, context: Context) -> Proposal:
-    """Return a proposal of a target's removal at once, where no optimizer trains the module."""
-    stand_in = torch.optim.SGD(context.module.parameters(), lr=1.0)
-    return removal(group_parts(context, [stand_in])).propose(context, over=True)
+        self._switch = 0 if self.penalty is None else self.steps_of("switch", position, trainer)
+        if self.penalty is not None and self._switch >= self.bounds[1] and not trainer.fast_dev_run:
+            raise MisconfigurationException(
+                f"`switch` (step {self._switch}) must lie before `end` (step {self.bounds[1]}): no half-space step would be "
+                "taken. Lower `switch`, or use ProxSGD."
+            )
 
 
 def _check_one(sparsity: Any, penalty: Any, budget: Any, budget_type: Any) -> None:
