@@ -140,3 +140,23 @@ def test_an_optimizer_state_follows():
     optimizer.zero_grad()
     module(x).sum().backward()
     optimizer.step()
+
+
+def deep(depth: int) -> nn.Module:
+    def run(net: Any, x: Tensor) -> Tensor:
+        for block in net.blocks:
+            x = x + block(x)
+        return x
+
+    return Net(run, blocks=nn.ModuleList([width_from_input() for _ in range(depth)]))
+
+
+def test_more_blocks_need_no_more_trials_and_no_more_graphs():
+    trials = {}
+    for depth in (2, 6):
+        module, x = deep(depth), torch.randn(2, 5, 16)
+        small = shrink(module, x, {f"blocks.{n}.qkv": torch.arange(4) % 2 == n % 2 for n in range(depth)})
+        assert report_of(small).refused == {}
+        assert len({id(block._graphs[False][0]) for block in small.blocks}) == 1
+        trials[depth] = report_of(small).trials
+    assert trials[2] == trials[6]
