@@ -6,6 +6,7 @@ A structured method ranks units (channels, heads, hidden units) by group; everyt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_prune.dependency import ChannelGroup, ChannelGroups, channel_grou
 from lightning_prune.objective import buffers_of, evaluate
 from lightning_prune.selection import check_scores
 from lightning_prune.shrink import removable_units
-from lightning_prune.targets import named_tensors
+from lightning_prune.targets import canonical_name, named_tensors
 
 __all__ = ["Channels", "forward_arguments", "shares", "trace_channels"]
 
@@ -47,8 +48,8 @@ class Channels:
 
     def __init__(self, module: nn.Module, all_groups: ChannelGroups, selected: Mapping[str, Tensor]) -> None:
         self.module, self.all_groups, self.selected = module, all_groups, selected
-        self.sizes = all_groups.analysis.sizes
-        self.groups = [group for group in all_groups if not self._outsiders(group)]
+        self.sizes = {canonical_name(name): shape for name, shape in all_groups.analysis.sizes.items()}
+        self.groups = [group for group in map(_canonical, all_groups) if not self._outsiders(group)]
         if not self.groups:
             raise ValueError(f"there is no channel to prune: {self._why_none()}. Prune single weights instead.")
         living = removable_units(module, all_groups)
@@ -160,12 +161,22 @@ class Channels:
         return [name for name in self.selected if name not in made]
 
     def _why_none(self) -> str:
-        outsiders = [name for group in self.all_groups for name in self._outsiders(group)]
+        outsiders = [name for group in self.all_groups for name in self._outsiders(_canonical(group))]
         if outsiders:
             return f"every group of channels runs through weights that are not selected, such as {outsiders[0]!r}"
         frozen = self.all_groups.report.frozen
         reasons = [f"{name!r}: {frozen.get((name, 0), 'its channels are in no group')}" for name in self.selected]
         return "; ".join(reasons[:_SHOWN])
+
+
+def _canonical(group: ChannelGroup) -> ChannelGroup:
+    """Return the group under names without the parts that `torch.compile` inserts, as masks have them."""
+    return replace(
+        group,
+        slices={(canonical_name(name), dim): at for (name, dim), at in group.slices.items()},
+        consumers=frozenset((canonical_name(name), dim) for name, dim in group.consumers),
+        producers=frozenset((canonical_name(name), dim) for name, dim in group.producers),
+    )
 
 
 def shares(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

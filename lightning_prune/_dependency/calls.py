@@ -168,7 +168,8 @@ def _recorded(module: nn.Module, batch: Any) -> list[Call]:
         with untouched(probe), warnings.catch_warnings(), _recording(probe) as calls:
             warnings.simplefilter("ignore")
             with contextlib.suppress(Exception):  # steps may need a Trainer; what they called before counts
-                getattr(probe, step)(copied(batch), 0)
+                run = getattr(probe, step)
+                run(copied(batch), *[0] * (len(inspect.signature(run).parameters) > 1))
         for call in calls:
             found.setdefault((call.path, call.describe()), call)
     return _runnable(module, list(found.values()))
