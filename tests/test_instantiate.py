@@ -79,3 +79,41 @@ def test_an_argument_that_breaks_its_rule_is_an_error():
 def test_a_key_that_is_not_understood_fails():
     with pytest.raises(Exception, match="sparsty"):
         instantiate_callbacks({"pruning": {**MAGNITUDE, "sparsty": 0.5}})
+
+
+class Budgeted(Callback):
+    def __init__(self, budget: float = 0.5) -> None:
+        self.budget = budget
+
+
+class Penalized(Callback):
+    def __init__(self, penalty: float = 0.5) -> None:
+        self.penalty = penalty
+
+
+class Inherited(Budgeted):
+    def __init__(self, extra: int = 0, **common) -> None:
+        super().__init__(**common)
+
+
+@pytest.mark.parametrize("kind", ["Budgeted", "Inherited"])
+def test_a_sparsity_sets_the_budget_of_a_method_without_one(kind):
+    node = {"_target_": f"{__name__}.{kind}", "sparsity": 0.9}
+    assert instantiate_callbacks({"pruning": node})[0].budget == 0.1
+    assert instantiate_callbacks({"pruning": {**node, "sparsity": None}})[0].budget == 0.5
+
+
+def test_a_sparsity_for_a_method_without_a_target_is_refused():
+    node = {"_target_": f"{__name__}.Penalized", "sparsity": 0.9}
+    with pytest.raises(ValueError, match="which takes neither a sparsity nor a budget"):
+        instantiate_callbacks({"pruning": node})
+    assert instantiate_callbacks({"pruning": {**node, "sparsity": None}})[0].penalty == 0.5
+
+
+def test_a_percentage_is_refused_before_it_becomes_a_budget():
+    with pytest.raises(ValueError, match="Give a fraction, not a percentage"):
+        instantiate_callbacks({"pruning": {"_target_": f"{__name__}.Budgeted", "sparsity": 90}})
+
+
+def test_the_knob_without_a_method_is_no_callback():
+    assert instantiate_callbacks({"pruning": {"sparsity": 0.9}}) == []
