@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -48,20 +49,23 @@ class _Swap:
 
 
 class _Frozen:
-    """The pair of hooks of one BatchNorm layer: it uses its running statistics and leaves them alone."""
+    """The pair of hooks around BatchNorm layers: they use their running statistics and leave them alone."""
 
-    def __init__(self) -> None:
-        self.flags: list[bool] = []
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+        self.saved: list[list[tuple[nn.Module, bool]]] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Evaluate as in eval mode."""
-        self.flags.append(module.training)
-        module.training = False
+        norms = [module.get_submodule(path) for path in self.paths]
+        self.saved.append([(norm, norm.training) for norm in norms])
+        for norm in norms:
+            norm.training = False
 
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Put the layer's own flag back."""
-        if self.flags:
-            module.training = self.flags.pop()
+        """Put each layer's own flag back."""
+        for norm, flag in self.saved.pop() if self.saved else []:
+            norm.training = flag
 
 
 class GatedReads:
@@ -112,10 +116,16 @@ class GatedReads:
 
     def freeze_norms(self, module: nn.Module) -> None:
         """Make BatchNorm use its running statistics, whatever mode the module is in."""
-        for norm in batch_norms(module):
-            frozen = _Frozen()
-            self._handles.append(norm.register_forward_pre_hook(frozen.before))
-            self._handles.append(norm.register_forward_hook(frozen.after, always_call=True))
+        finder, norms = _HostFinder(module, None), set(map(id, batch_norms(module)))
+        hosts: dict[nn.Module, list[str]] = {}
+        for name, child in module.named_modules():
+            place = finder.host_of(canonical_name(name)) if id(child) in norms else None
+            if place is not None:
+                hosts.setdefault(place[0], []).append(place[1])
+        for host, paths in hosts.items():
+            frozen = _Frozen(paths)
+            self._handles.append(host.register_forward_pre_hook(frozen.before))
+            self._handles.append(host.register_forward_hook(frozen.after, always_call=True))
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -128,11 +138,46 @@ def _shape(slot: Slot, rank: int) -> list[int]:
     return [len(slot.gates) if dim == slot.dim else 1 for dim in range(rank)]
 
 
+class _HostFinder:
+    """Finds around which module's call something below it can be changed.
+
+    That is the module itself or, if it is never called (a projection inside attention) or runs as compiled code (which is
+    blind to hooks that come later), the nearest one above it that is called and is not compiled.
+    """
+
+    def __init__(self, module: nn.Module, called: Iterable[str] | None) -> None:
+        self.called = None if called is None else set(called)
+        self.outer: dict[str, tuple[str, nn.Module]] = {}
+        self.inner: dict[str, str] = {}
+        self.compiled: set[str] = set()
+        for raw, child in module.named_modules(remove_duplicate=False):
+            name = canonical_name(raw)
+            self.outer.setdefault(name, (raw, child))
+            self.inner[name] = raw
+            if raw.endswith("_orig_mod") or getattr(child, "_compiled_call_impl", None) is not None:
+                self.compiled.add(name)
+
+    def host_of(self, path: str) -> tuple[nn.Module, str] | None:
+        """Return the module to hook, and the path from it to the one at `path`; None if there is none."""
+        host: str | None = path
+        above = [".".join(path.split(".")[:end]) for end in range(path.count(".") + 2)] if path else [""]
+        outermost = next((name for name in above if name in self.compiled), None)
+        if outermost is not None:
+            host = _parent(outermost)
+        while host is not None and self.called is not None and host not in self.called:
+            host = _parent(host)
+        if host is None:
+            return None
+        raw, module = self.outer[host]
+        return module, self.inner[path][len(raw) :].lstrip(".")
+
+
+def _parent(path: str) -> str | None:
+    return path.rpartition(".")[0] if path else None
+
+
 def find_places(module: nn.Module, slots: Sequence[Slot], called: Iterable[str]) -> tuple[Places, list[str]]:
     """Return around which modules each slot's parameter must be scaled.
-
-    That is the module that holds it or, if that one is never called (a projection inside attention), the nearest one
-    above it that is.
 
     Args:
         module: the module.
@@ -141,31 +186,22 @@ def find_places(module: nn.Module, slots: Sequence[Slot], called: Iterable[str])
     Returns:
         entries by module, and the names of parameters for which no module is called.
     """
-    modules = {canonical_name(name): child for name, child in module.named_modules(remove_duplicate=False)}
-    first, called = aliases(module), set(called)
+    finder, first = _HostFinder(module, called), aliases(module)
     places: Places = {}
     homeless = []
     for index, slot in enumerate(slots):
         seen: set[tuple[int, str]] = set()
         for alias in (name for name, own in first.items() if own == slot.name):
             path, _, attribute = alias.rpartition(".")
-            host = _nearest_called(path, called)
-            if host is None:
+            place = finder.host_of(path)
+            if place is None:
                 homeless.append(slot.name)
                 continue
-            if (id(modules[path]), attribute) not in seen:  # a layer registered twice is one layer
-                seen.add((id(modules[path]), attribute))
-                below = path[len(host) :].lstrip(".")
-                places.setdefault(modules[host], []).append((below, attribute, index))
+            holder = id(place[0].get_submodule(place[1]))
+            if (holder, attribute) not in seen:  # a layer registered twice is one layer
+                seen.add((holder, attribute))
+                places.setdefault(place[0], []).append((place[1], attribute, index))
     return places, list(dict.fromkeys(homeless))
-
-
-def _nearest_called(path: str, called: set[str]) -> str | None:
-    while path not in called:
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
-    return path
 
 
 def called_modules(module: nn.Module, calls: Sequence[Call]) -> set[str]:
@@ -176,9 +212,7 @@ def called_modules(module: nn.Module, calls: Sequence[Call]) -> set[str]:
         for name, child in module.named_modules(remove_duplicate=False)
     ]
     try:
-        with torch.no_grad():
-            for call in calls:
-                call.run(module)
+        _outputs(module, calls)
     finally:
         for handle in handles:
             handle.remove()
@@ -243,6 +277,12 @@ def _agree(copy: nn.Module, slots: Sequence[Slot], gates: int, calls: Sequence[C
 
 
 def _outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _eagerly():
         torch.manual_seed(0)
         return [tensor.float() for call in calls for tensor in tensors_in(call.run(module))]
+
+
+def _eagerly() -> Any:
+    """Compiled code is blind to hooks that come after it; torch before 2.6 cannot set it aside."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")

@@ -132,9 +132,10 @@ def build_layout(channels: Channels, coupling: str = "graph", left_out: Sequence
     columns: dict[str, list[Tensor]] = {"units": [], "groups": [], "places": [], "segments": []}
     pieces: dict[Slab, list[tuple[Tensor, Tensor]]] = {}
     names, gates, units, segments = [], 0, 0, 0
+    own_groups = {group.name: group for group in channels.groups}
     for index in range(total):
-        group = channels.all_groups[index]
-        if group.name not in channels.alive or group.name in left_out:
+        group = own_groups.get(channels.all_groups[index].name)
+        if group is None or group.name in left_out:
             continue
         names.append(group.name)
         fixed[index] = 0
@@ -174,12 +175,12 @@ def _gated_layers(group: ChannelGroup, channels: Channels, coupling: str) -> lis
         return [readers]
     norms: dict[str, list[Slab]] = {}
     for name, dim in group.slices:
-        if len(channels.sizes.get(name, ())) == 1 and name.rpartition(".")[0] in channels_norms(channels):
+        if len(channels.sizes.get(name, ())) == 1 and name.rpartition(".")[0] in _norms_of(channels):
             norms.setdefault(name.rpartition(".")[0], []).append((name, dim))
     return list(norms.values()) or [readers]
 
 
-def channels_norms(channels: Channels) -> set[str]:
+def _norms_of(channels: Channels) -> set[str]:
     """Return the names of the BatchNorm layers that have weight and bias."""
     modules = channels.module.named_modules()
     return {

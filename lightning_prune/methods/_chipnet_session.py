@@ -81,7 +81,14 @@ class SoftPhase:
 
 
 def open_gates(
-    context: Context, plan: Plan, coupling: str, stage_batches: int, frozen: bool, step: int, saved: Any
+    context: Context,
+    plan: Plan,
+    coupling: str,
+    stage_batches: int,
+    frozen: bool,
+    settle: int,
+    step: int,
+    saved: Any,
 ) -> SoftPhase:
     """Put gates on the module of a pruning event; nothing has changed if this fails.
 
@@ -91,6 +98,7 @@ def open_gates(
         coupling: see `build_layout`.
         stage_batches: see `StageProbe`.
         frozen: whether BatchNorm statistics are frozen.
+        settle: batches on which they are measured before that, under the gates' first values; 0: not at all.
         step: optimizer steps of the soft phase already done.
         saved: `GateTraining.state` of a checkpoint; None: new gates.
     Returns:
@@ -116,6 +124,12 @@ def open_gates(
     gates.go_to(step)
     phase = SoftPhase(channels, gates, StageProbe.of(context, stage_batches), notes)
     reads.install(find_places(module, layout.slots, called)[0])
+    try:
+        if frozen and settle and saved is None:
+            context.objective.refit_batch_norm(settle)
+    except Exception:
+        reads.remove()
+        raise
     if frozen:
         reads.freeze_norms(module)
     return phase

@@ -9,10 +9,10 @@ Loss + 30 (V - V_0)^2 + 10 mean (z - x)^2 is minimized over weights and gates wh
 Departures from the authors' program: gates sit on the weights that read a channel, one per unit of the dependency graph,
 so that removal is exact on any network (`coupling="per_layer"` has one per channel of every BatchNorm layer, as theirs);
 the soft and the hard budget are the same function, that of `cost.py`; psi travels 40 in the soft phase however short it is
-(theirs has a fixed step size, with which gates of a short phase all end on); BatchNorm statistics are frozen while gates
-are soft (in train mode the next norm divides a gate out, so that gates near 0 stay functional until they are cut); a
-straight-through tail; the hard budget is met exactly, never exceeded, with `min_keep` of every group; kept gates are folded
-into the weights.
+(theirs has a fixed step size, with which gates of a short phase all end on); BatchNorm statistics are measured under the
+first gates and then frozen while gates are soft (in train mode the next norm divides a gate out, so that gates near 0 stay
+functional until they are cut); a straight-through tail; the hard budget is met exactly, never exceeded, with `min_keep` of
+every group; kept gates are folded into the weights.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class ChipNet(PruningCallback):
         stage_batches: calibration batches on which soft and hard loss are compared at the end of every stage, >= 0.
         hard_validation: validate with hard gates while they are soft, so that the monitored metric is the hard one.
         preset: "reference" takes the authors' settings for every argument that is left at its default.
-        refit_bn: re-estimate BatchNorm statistics when the gates become hard.
+        refit_bn: re-estimate BatchNorm statistics before they are frozen, and when the gates become hard.
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -357,7 +357,8 @@ class ChipNet(PruningCallback):
         if self.refit_bn and batch_norms(pl_module):
             context.objective.check_batches()
         plan, frozen = self._plan(end - begin), self.bn_soft == "frozen"
-        self._soft = open_gates(context, plan, self.coupling, self.stage_batches, frozen, step, self._loaded)
+        settle = self.refit_bn_batches if self.refit_bn else 0
+        self._soft = open_gates(context, plan, self.coupling, self.stage_batches, frozen, settle, step, self._loaded)
         self._loaded = None
 
     def _plan(self, soft_steps: int) -> Plan:

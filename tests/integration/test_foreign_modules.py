@@ -82,11 +82,14 @@ def spec(request: pytest.FixtureRequest) -> Spec:
 def test_every_method_prunes_lightnings_demos(spec: Spec, name: str) -> None:
     kind, arguments = FOREIGN[name]
     module, watch, callback = toy(kind=kind), Watch(), spec.build(**arguments)
+    if "sparsity" not in spec.arguments:  # it removes channels: these have none, or too few for half of the cost
+        with pytest.raises(ValueError, match=r"there is no channel to prune|`budget` must be at least"):
+            make_trainer(callback, limit_train_batches=4, limit_val_batches=1).fit(module)
+        return
     make_trainer(callback, watch, limit_train_batches=4, limit_val_batches=1).fit(module)
     assert watch.found == [] == leaks(module)
     assert watch.pruned_steps > 0
-    if "sparsity" in spec.arguments:
-        assert sum(int(mask.sum()) for mask in masks_of(module).values()) == target_kept(callback, module)
+    assert sum(int(mask.sum()) for mask in masks_of(module).values()) == target_kept(callback, module)
 
 
 def test_the_transformer_is_pruned_in_its_linear_layers_alone() -> None:

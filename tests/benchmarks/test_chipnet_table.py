@@ -1,0 +1,185 @@
+"""ChipNet beside random and magnitude channels at equal FLOPs and equal fine-tuning, on MNIST and Fashion-MNIST.
+
+`pytest -m benchmark -s tests/benchmarks/test_chipnet_table.py` (needs LIGHTNING_PRUNE_DATA); with LIGHTNING_PRUNE_ROWS set
+to a file, rows are kept there and a second run goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_prune import ChipNet, Magnitude, RandomPruning
+from lightning_prune.recipes.classifier import LitClassifier
+from lightning_prune.recipes.data import MNIST, FashionMNIST
+from lightning_prune.recipes.residual import resnet20
+
+FOLDER = Path(os.environ.get("LIGHTNING_PRUNE_DATA", ""))
+pytestmark = [
+    pytest.mark.benchmark,
+    pytest.mark.timeout(14_400),
+    pytest.mark.skipif(
+        not all((FOLDER / name).is_dir() for name in ("mnist", "fashion_mnist")),
+        reason="needs MNIST and Fashion-MNIST in LIGHTNING_PRUNE_DATA",
+    ),
+]
+DATA: dict[str, Callable[..., Any]] = {"MNIST": MNIST, "Fashion-MNIST": FashionMNIST}
+SEEDS, BUDGETS = (0, 1, 2), (0.5, 0.25, 0.1)
+SAMPLES, BATCH, DENSE, SOFT, TUNE, TEST = 8192, 64, 400, 300, 150, 5000
+METHODS = ("ChipNet", "random", "magnitude", "random, ChipNet's steps")
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=total_steps)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-3)
+
+
+def network() -> nn.Module:
+    """ResNet-20 of width 8 on pictures of 14 x 14."""
+    return nn.Sequential(nn.AvgPool2d(2), resnet20(in_channels=1, width=8))
+
+
+class Bench:
+    """One data set: batches, dense networks by seed, and what a network gets right."""
+
+    def __init__(self, name: str) -> None:
+        self.data = DATA[name](batch_size=BATCH, subset=SAMPLES)
+        self.data.prepare_data()
+        self.data.setup("fit")
+        self.data.setup("test")
+        images, labels = zip(*self.data.test_dataloader(), strict=True)
+        self.images, self.labels = torch.cat(images)[:TEST], torch.cat(labels)[:TEST]
+        self.dense: dict[int, dict[str, Tensor]] = {}
+        self.right: dict[int, float] = {}
+
+    def module(self, seed: int) -> LitClassifier:
+        torch.manual_seed(seed)
+        module = LitClassifier(network(), scheduler_interval="step", num_classes=10, input_shape=(1, 28, 28))
+        if seed not in self.dense:
+            self.train(module, DENSE, seed)
+            self.dense[seed] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            self.right[seed] = self.accuracy(module)
+        module.load_state_dict(self.dense[seed])
+        return module
+
+    def train(self, module: LitClassifier, steps: int, seed: int, *callbacks: Callback, soft: bool = False) -> None:
+        module.make_optimizer, module.make_scheduler = (adamw, None) if soft else (sgd, one_cycle)
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        limits: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "accelerator": "cpu"}
+        trainer = Trainer(callbacks=[*callbacks], **limits, **quiet)
+        torch.manual_seed(1000 + seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, self.data.train_dataloader())
+
+    @torch.no_grad()
+    def accuracy(self, module: LitClassifier) -> float:
+        flag, _ = module.training, module.eval()
+        batches = zip(self.images.split(500), self.labels.split(500), strict=True)
+        right = sum(int((module(x).argmax(1) == y).sum()) for x, y in batches)
+        module.train(flag)
+        return right / len(self.images)
+
+
+class AfterPruning(Callback):
+    """Accuracy of the masked network before the first step of fine-tuning."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.accuracy = bench, float("nan")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.accuracy = self.bench.accuracy(pl_module)
+
+
+def run(bench: Bench, method: str, seed: int, budget: float) -> dict[str, float]:
+    """Prune a dense network to a share of its FLOPs and fine-tune it; accuracies before and after."""
+    module, look = bench.module(seed), AfterPruning(bench)
+    common: dict[str, Any] = {"measure": False, "seed": seed, "refit_bn": True}
+    callback: Any
+    if method == "ChipNet":
+        callback = ChipNet(budget, prune_fraction=1.0, stage_batches=0, **common)
+        bench.train(module, SOFT, seed, callback, soft=True)
+    else:
+        kind = Magnitude if method == "magnitude" else RandomPruning
+        callback = kind(budget=budget, budget_type="flops", **common)
+    steps = TUNE + SOFT if method.endswith("steps") else TUNE
+    bench.train(module, steps, seed, callback, look)
+    return {
+        "dense": bench.right[seed],
+        "hard": look.accuracy,
+        "tuned": bench.accuracy(module),
+        "flops": flops_share(module),
+    }
+
+
+def flops_share(module: LitClassifier) -> float:
+    """FLOPs of the network with its removed channels really cut out, over those of the dense one."""
+    from lightning_prune import shrink
+    from lightning_prune.measure import count_flops
+
+    net, example = module.network, torch.zeros(2, 1, 28, 28)
+    return count_flops(shrink(net, example), (example,)) / count_flops(network(), (example,))
+
+
+def wanted() -> list[tuple[str, int, float, str]]:
+    """All rows; those with more fine-tuning than the others come last."""
+    rows = [(name, seed, budget, method) for seed in SEEDS for name in DATA for budget in BUDGETS for method in METHODS]
+    return sorted(rows, key=lambda row: row[3].endswith("steps"))
+
+
+def test_accuracy_at_equal_flops_and_equal_fine_tuning() -> None:
+    torch.set_num_threads(1)
+    path = Path(os.environ.get("LIGHTNING_PRUNE_ROWS") or Path(tempfile.mkdtemp()) / "rows.jsonl")
+    rows = {tuple(row["key"]): row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    benches: dict[str, Bench] = {}
+    for key in wanted():
+        if key in rows:
+            continue
+        name, seed, budget, method = key
+        if name not in benches:
+            benches[name] = Bench(name)
+        bench = benches[name]
+        rows[key] = {"key": list(key), **run(bench, method, seed, budget)}
+        with path.open("a") as file:
+            file.write(json.dumps(rows[key]) + "\n")
+        Console(width=140).print(rows[key])
+    show(rows)
+    assert all(row["flops"] <= row["key"][2] + 1e-9 for row in rows.values())
+
+
+def show(rows: dict[Any, dict[str, Any]]) -> None:
+    table = Table(title="test accuracy in %, hard-masked -> fine-tuned: mean ± standard deviation over seeds")
+    for column in ("data", "budget", "dense", *METHODS):
+        table.add_column(column)
+    for name in DATA:
+        for budget in BUDGETS:
+            cells = [spread(rows, name, budget, METHODS[0], "dense")]
+            for method in METHODS:
+                cells.append(" -> ".join(spread(rows, name, budget, method, what) for what in ("hard", "tuned")))
+            table.add_row(name, str(budget), *cells)
+    Console(width=170).print(table)
+
+
+def spread(rows: dict[Any, dict[str, Any]], name: str, budget: float, method: str, what: str) -> str:
+    values = [100 * rows[name, seed, budget, method][what] for seed in SEEDS if (name, seed, budget, method) in rows]
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else "-"
