@@ -35,6 +35,7 @@ class Run:
         error: type and message of what stopped it.
         method: name of the method; "none" for dense training.
         label: the method and every setting in which its runs differ, seed and target aside.
+        control: "shuffled", "magnitude" or "dense" (at equal FLOPs) for a control of another run; else empty.
         control_of: the label of the runs that this one is a control of; empty for a run of its own.
         kind: "sparsity", or the cost that a budget was asked of.
         asked: the sparsity, or the budget (fraction that may remain); None without a target.
@@ -52,6 +53,7 @@ class Run:
     error: str = ""
     method: str = ""
     label: str = ""
+    control: str = ""
     control_of: str = ""
     kind: str = "sparsity"
     asked: float | None = None
@@ -83,6 +85,8 @@ class Run:
         return bool(self.control_of) or self.method == "random"
 
 
+CONTROL_NAMES = {"shuffled": "shuffled", "magnitude": "magnitude", "dense": "dense at equal FLOPs"}
+CONTROL_FOLDERS = {f"control_{name}": name for name in CONTROL_NAMES}
 COLUMNS = [item.name for item in fields(Run) if item.name != "arguments"]
 
 
@@ -123,6 +127,7 @@ def _read(path: Path, folder: Path) -> Run:
     run = Run(job=path.relative_to(folder).as_posix(), status=UNFINISHED if status == "running" else status)
     run.overrides = " ".join(facts.get("overrides") or _overrides(path))
     run.error = str(facts.get("error") or "")
+    run.control = CONTROL_FOLDERS.get(path.name, "")
     _from_overrides(run)
     if run.status == FINISHED:
         try:
@@ -157,7 +162,13 @@ def _target(receipt: Receipt) -> tuple[str, float | None]:
     requested = receipt.requested
     if requested.get("budget") is not None:
         return str(requested.get("budget_type")), float(requested["budget"])
+    if requested.get("channel_sparsity") is not None:
+        return "channel sparsity", float(requested["channel_sparsity"])
+    if isinstance(requested.get("penalty"), (int, float)):
+        return "penalty", float(requested["penalty"])
     asked = requested.get("sparsity")
+    if asked is not None and receipt.arguments.get("structured") is True:
+        return "channel sparsity", float(asked)
     return "sparsity", None if asked is None or receipt.method == "none" else float(asked)
 
 
@@ -180,17 +191,30 @@ def _name(runs: Iterable[Run]) -> None:
         run.label = _label(run, varying)
     by_job = {run.job: run for run in runs}
     for run in runs:
-        if run.method == "shuffled":
-            owner = by_job.get(run.job.rpartition("/")[0])
-            run.control_of = owner.label if owner is not None else str(run.arguments.get("of", ""))
-            if owner is not None:  # the control is asked what its owner was asked
-                run.kind, run.asked = owner.kind, owner.asked
-            run.label = f"{run.control_of}, shuffled"
+        if run.control:
+            _belong(run, by_job.get(run.job.rpartition("/")[0]))
+
+
+def _belong(run: Run, owner: Run | None) -> None:
+    """A control is asked what its owner was asked, and costs a part of what its owner's dense network costs."""
+    run.control_of = owner.label if owner is not None else str(run.arguments.get("of", "unknown"))
+    run.label = f"{run.control_of}, {CONTROL_NAMES[run.control]}"
+    if owner is None:
+        return
+    run.kind, run.asked = owner.kind, owner.asked
+    if run.control == "dense":
+        run.accuracy_finetuned = run.accuracy_dense
+        for name in ("accuracy_dense", "params_dense", "flops_dense", "channels_dense", "bytes_dense", "ms_dense"):
+            own = getattr(run, name)
+            if name == "ms_dense":
+                run.ms_masked = own
+            setattr(run, name, getattr(owner, name))
+        run.sparsity = run.kept = run.total = None
 
 
 def _varying(runs: Iterable[Run]) -> dict[tuple[str, str], set[str]]:
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for run in runs:
+    for run in (run for run in runs if not run.control):
         for name, value in run.arguments.items():
             values[run.method, name].add(json.dumps(value))
         for name, value in _settings(run).items():

@@ -14,6 +14,7 @@ from lightning_prune._sweep_read import COLUMNS, FINISHED, Run
 NO_PICTURE = "No picture was drawn: matplotlib is not installed."
 _DASH = "\N{EN DASH}"
 _BASELINES = ("random", "magnitude")
+_BESIDE = ("shuffled", "random", "magnitude", "dense")  # columns of controls
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,17 @@ def controls_of(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
         other
         for name in _BASELINES
         for other in same
-        if other.runs[0].method == name and not other.runs[0].control_of and cell.runs[0].method != name
+        if other.runs[0].method == name
+        and not other.runs[0].control_of
+        and cell.runs[0].method != name
+        and not any(held.runs[0].control == name for held in own)
     ]
     return own + base
+
+
+def _plays(cell: Cell, control: str) -> bool:
+    """Whether a cell stands in the column of a control."""
+    return cell.runs[0].control == control or (not cell.runs[0].control and cell.runs[0].method == control)
 
 
 def csv_text(runs: Iterable[Run]) -> str:
@@ -111,7 +120,7 @@ def markdown(runs: Sequence[Run], pictures: Sequence[str] = ()) -> str:
     parts = ["# Sweep", _summary(runs)]
     kinds = dict.fromkeys(cell.kind for cell in cells if cell.asked is not None)
     for kind in kinds:
-        title = "sparsity asked" if kind == "sparsity" else f"budget of {kind}"
+        title = f"budget of {kind}" if kind in ("params", "flops", "volume", "channels") else f"{kind} asked"
         mine = [cell for cell in cells if cell.kind == kind and cell.asked is not None]
         parts += [f"## Test accuracy in percent by {title}", _accuracy_table(mine, cells)]
     parts += _reading(cells) if kinds else []
@@ -133,23 +142,13 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _accuracy_table(cells: Sequence[Cell], everything: Sequence[Cell]) -> str:
     shown = [cell for cell in cells if not cell.runs[0].control_of]
-    base = [name for name in _BASELINES if any(cell.runs[0].method == name for cell in cells)]
-    header = [
-        "asked",
-        "method",
-        "seeds",
-        "dense",
-        "right after pruning",
-        "fine-tuned",
-        "shuffled",
-        *base,
-        "not better than",
-    ]
+    base = [name for name in _BESIDE if any(_plays(cell, name) for cell in cells)]
+    names = ["dense at equal FLOPs" if name == "dense" else name for name in base]
+    header = ["asked", "method", "seeds", "dense", "right after pruning", "fine-tuned", *names, "not better than"]
     rows = []
     for cell in shown:
         controls = controls_of(cell, everything)
-        own = next((other for other in controls if other.runs[0].control_of), None)
-        beside = [next((other for other in controls if other.runs[0].method == name), None) for name in base]
+        beside = [next((other for other in controls if _plays(other, name)), None) for name in base]
         verdict = ", ".join(_short(label, cell) for label in not_beaten(cell, controls))
         rows.append(
             [
@@ -159,7 +158,6 @@ def _accuracy_table(cells: Sequence[Cell], everything: Sequence[Cell]) -> str:
                 _percent(cell, lambda run: run.accuracy_dense),
                 _percent(cell, lambda run: run.accuracy_pruned),
                 _percent(cell, accuracy_of),
-                _DASH if own is None else _percent(own, accuracy_of),
                 *(_DASH if other is None else _percent(other, accuracy_of) for other in beside),
                 "(control)" if cell.runs[0].is_control else verdict,
             ]
@@ -170,7 +168,8 @@ def _accuracy_table(cells: Sequence[Cell], everything: Sequence[Cell]) -> str:
 def _reading(cells: Sequence[Cell]) -> list[str]:
     text = (
         "Mean ± standard deviation over the seeds. A method stands beside its controls: its own mask shuffled within every "
-        "layer (random pruning at the same layer rates), random pruning and magnitude pruning at the same target. "
+        "layer (random pruning at the same layer rates), random and magnitude pruning at the same target, and for methods that "
+        "remove channels the smaller network trained from scratch for as many epochs (dense at equal FLOPs). "
         "\N{LEFT DOUBLE QUOTATION MARK}Not better than\N{RIGHT DOUBLE QUOTATION MARK} names the controls it does not beat by "
         "more than the standard error of the differences seed by seed."
     )
@@ -250,4 +249,4 @@ def _short(label: str, cell: Cell) -> str:
 
 
 def _level(cell: Cell) -> float:
-    return -1.0 if cell.asked is None else cell.asked if cell.kind == "sparsity" else 1.0 - cell.asked
+    return -1.0 if cell.asked is None else cell.asked if "sparsity" in cell.kind else 1.0 - cell.asked

@@ -11,21 +11,22 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.lightning_prune_plugin import job_name
 from lightning_prune import Magnitude, MaskManager, prune
-from lightning_prune._sweep_controls import ShuffledMasks, last_moment
+from lightning_prune._sweep_controls import ShuffledMasks, fresh_model, holds_shrunk, last_moment
 from lightning_prune._sweep_jobs import attempt, exclusive, fingerprint, finished, read_facts, relocated
 from lightning_prune._sweep_pictures import pictures, points
 from lightning_prune._sweep_read import Run, collect
 from lightning_prune._sweep_tables import cells_of, controls_of, csv_text, markdown, mean_and_spread, not_beaten
 from lightning_prune.receipt import Receipt, layer_counts, reached_counts
+from lightning_prune.shrink import save_shrunk, shrink
 
 
 def run(method: str, accuracy: float, seed: int = 0, asked: float = 0.9, **values: object) -> Run:
-    settings = {"label": method, "control_of": "", **values}
+    settings = {"label": method, **values}
     return Run(job=f"{method}{seed}", method=method, seed=seed, asked=asked, accuracy_finetuned=accuracy, **settings)
 
 
 def shuffled(accuracy: float, seed: int = 0, of: str = "chita") -> Run:
-    return run("shuffled", accuracy, seed, label=f"{of}, shuffled", control_of=of)
+    return run("shuffled", accuracy, seed, label=f"{of}, shuffled", control="shuffled", control_of=of)
 
 
 def test_mean_and_sample_standard_deviation() -> None:
@@ -106,6 +107,53 @@ def test_labels_tell_runs_apart_by_what_differs(tmp_path: Path) -> None:
     saved(tmp_path / "1", "magnitude", scope="layer")
     saved(tmp_path / "2", "random", scope="layer")
     assert [run.label for run in collect(tmp_path)] == ["magnitude scope=global", "magnitude scope=layer", "random"]
+
+
+def test_a_control_belongs_to_the_run_around_it(tmp_path: Path) -> None:
+    saved(tmp_path / "a", "chita", scope="global")
+    saved(tmp_path / "a" / "control_shuffled", "shuffled", of="chita", scope="layer")
+    saved(tmp_path / "b", "magnitude", scope="layer")
+    saved(tmp_path / "a" / "control_magnitude", "magnitude", scope="global")
+    runs = {run.job: run for run in collect(tmp_path)}
+    assert runs["a/control_shuffled"].label == "chita, shuffled"
+    assert runs["a/control_magnitude"].label == "chita, magnitude"
+    assert runs["b"].label == "magnitude"
+    cells = cells_of(runs.values())
+    chita = next(cell for cell in cells if cell.label == "chita")
+    assert [cell.label for cell in controls_of(chita, cells)] == ["chita, magnitude", "chita, shuffled"]
+
+
+def test_the_dense_control_costs_a_part_of_its_owners_dense_network(tmp_path: Path) -> None:
+    for folder, flops, accuracy in (
+        ("a", {"dense": 100, "pruned": 40}, None),
+        ("a/control_dense", {"dense": 40, "pruned": 40}, 0.7),
+    ):
+        Receipt(
+            method="none" if accuracy else "pfp", requested={} if accuracy else {"budget": 0.4, "budget_type": "flops"},
+            seed=0, reached=reached_counts({}, flops=flops),
+            accuracy={"dense": accuracy} if accuracy else {"dense": 0.9, "finetuned": 0.8},
+        ).save(tmp_path / folder, picture=False)  # fmt: skip
+    control = next(run for run in collect(tmp_path) if run.control)
+    assert (control.label, control.kind, control.asked) == ("pfp, dense at equal FLOPs", "flops", 0.4)
+    assert (control.flops_pruned, control.flops_dense) == (40, 100)
+    assert (control.accuracy_finetuned, control.accuracy_dense) == (0.7, 0.9)
+
+
+def test_the_smaller_network_starts_untrained(tmp_path: Path) -> None:
+    module = two_layers()
+    prune(module, Magnitude(budget=0.5), [torch.randn(4, 8)] * 2, loss_fn=lambda net, batch: net(batch).sum())
+    small = shrink(module, torch.randn(2, 8))
+    save_shrunk(small, tmp_path / "model.safetensors")
+    target = {"_target_": f"{__name__}.two_layers"}
+    fresh = fresh_model(OmegaConf.create(target), str(tmp_path / "model.safetensors"))
+    assert [tuple(p.shape) for p in fresh.parameters()] == [tuple(p.shape) for p in small.parameters()]
+    assert sum(p.numel() for p in fresh.parameters()) < sum(p.numel() for p in module.parameters())
+    assert not torch.equal(fresh[0].weight, small[0].weight)
+    assert holds_shrunk(tmp_path / "model.safetensors")
+
+
+def two_layers() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
 
 
 def test_labels_tell_runs_apart_by_other_overrides(tmp_path: Path) -> None:
