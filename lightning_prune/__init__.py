@@ -33,6 +33,7 @@ _EXPORTS = {
     "RandomPruning": "methods.random",
     "Receipt": "receipt",
     "SNIP": "methods.snip",
+    "SiPP": "methods.sipp",
     "SynFlow": "methods.synflow",
     "channel_groups": "dependency",
     "instantiate_callbacks": "instantiate",

@@ -109,6 +109,14 @@ class Reader:
         flat = replace(self, weight=self.weight.flatten(1), units=units, stride=(), dilation=())
         return flat, rows.transpose(1, 2)
 
+    def patches(self, inputs: Tensor) -> Tensor:
+        """Return all patches, (samples, positions, inputs * kernel); a copy for convolutions.
+
+        Args:
+            inputs: (samples, inputs, *positions), padded.
+        """
+        return self._patches(inputs).flatten(1 + max(1, len(self.stride))).flatten(1, -2)
+
     def _patches(self, inputs: Tensor) -> Tensor:
         """A view (samples, *positions, inputs, *kernel)."""
         spatial, view = len(self.stride), inputs
