@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Shares:
         return unit_shares(reader, inputs, self.mode, self.reduction, self.max_elements)
 
 
-def calibrate(stream: Stream, batches: Sequence[Any], how: Shares) -> Gathered:
+def calibrate(stream: Stream, batches: Iterable[Any], how: Shares) -> Gathered:
     """Return s_j = max over samples and consumers of g_j(x) by group, and the number of events, batch by batch."""
     found = Gathered()
 
