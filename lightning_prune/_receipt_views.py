@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from lightning_prune._receipt_stages import HEADER as STAGES_HEADER
+from lightning_prune._receipt_stages import draw_stages, stage_rows, stages_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -213,6 +216,8 @@ def markdown(receipt: Receipt) -> str:
     parts = [f"# {_escape(headline(receipt))}", _grid(_SUMMARY_HEADER, summary_rows(receipt), left=1)]
     if receipt.notes:
         parts.append("\n".join(f"- {_escape(note)}" for note in receipt.notes))
+    if stage_rows(receipt):
+        parts += ["## Gates", _grid(STAGES_HEADER, stage_rows(receipt), left=1)]
     if receipt.layers:
         parts += ["## Layers", _grid(_LAYER_HEADER, layer_rows(receipt), left=2)]
     if receipt.command is not None:
@@ -254,8 +259,8 @@ def png(receipt: Receipt) -> bytes | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    layers = layer_bars(receipt.layers)
-    body = max(3.3, _PITCH * len(layers))
+    layers, stages = layer_bars(receipt.layers), stages_of(receipt)
+    body = max(5.4 if stages else 3.3, _PITCH * len(layers))
     figure = Figure(figsize=(_WIDTH, body + _TOP + _BOTTOM), facecolor="white", dpi=150)
     canvas = FigureCanvasAgg(figure)
     title, height = shorten(headline(receipt), _TITLE_LENGTH), figure.get_figheight()
@@ -266,6 +271,8 @@ def png(receipt: Receipt) -> bytes | None:
     accuracy = {name: receipt.accuracy[key] for name, key in names.items()}
     _draw(figure, (8.75, 0.0, 2.0, 1.25), "Accuracy", _measure_bars(accuracy, ".4f", at_least=1.0))
     _draw(figure, (8.75, 2.0, 2.0, 1.25), "Bytes on disk", _measure_bars(receipt.bytes, ",", at_least=1.0))
+    if stages:
+        draw_stages(figure, (8.75 / _WIDTH, 1 - (_TOP + 5.2) / height, 2.0 / _WIDTH, 1.2 / height), stages, _INK)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
