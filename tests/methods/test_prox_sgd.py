@@ -211,7 +211,7 @@ def test_resume_is_bitwise_in_every_phase(structured: bool, name: str, tmp_path:
         return weights_of(module), masks_of(module), trainer.optimizers[0].state_dict()
 
     whole = run()
-    for step in (1, 2, 4, 7, 8, 10):
+    for step in (1, 2, 5, 8):
         assert same(run(ckpt_path=tmp_path / f"step={step}.ckpt"), whole)
 
 

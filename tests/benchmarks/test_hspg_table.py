@@ -1,0 +1,167 @@
+"""Group sparsity, FLOPs after cutting and accuracy: half-space projections beside the prox, HESSO, magnitude and random.
+
+`HSPG_TABLE_ROWS=rows.jsonl pytest -m benchmark -s tests/benchmarks/test_hspg_table.py` (needs LIGHTNING_PRUNE_DATA)
+
+Four convolutions with BatchNorm on images of half the resolution, 150 steps of Nesterov SGD with a cosine schedule for every
+row. Channels are gone by half of the fit; the rest is fine-tuning. Rows are kept in the file and not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import HESSO, HSPG, Magnitude, ProxSGD, RandomPruning, shrink
+from lightning_prune.measure import count_flops
+from lightning_prune.recipes.data import MNIST, FashionMNIST
+
+FOLDER = Path(os.environ.get("LIGHTNING_PRUNE_DATA", ""))
+pytestmark = [
+    pytest.mark.benchmark,
+    pytest.mark.timeout(10800),
+    pytest.mark.skipif(not (FOLDER / "mnist").is_dir(), reason="needs MNIST and Fashion-MNIST in LIGHTNING_PRUNE_DATA"),
+]
+SEEDS, SPARSITIES, STEPS, BATCH = (0, 1, 2), (0.5, 0.7, 0.9), 150, 64
+DATA = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
+FACTORS = {0.5: 2.2, 0.7: 3.0, 0.9: 4.0}  # of penalty="auto": it gives what it gives, as the table says
+
+
+def channels(s: float) -> dict[str, Any]:
+    return {"budget": 1.0 - s, "budget_type": "channels", "at": 0.5, "refit_consumers": False, "measure": False}
+
+
+METHODS: dict[str, Any] = {
+    "dense": lambda s, seed: None,
+    "HSPG, target": lambda s, seed: HSPG(s, max_ratio=0.95, measure=False),
+    "HSPG, penalty": lambda s, seed: HSPG(penalty="auto", auto_factor=FACTORS[s], measure=False),
+    "ProxSGD": lambda s, seed: ProxSGD("auto", structured=True, auto_factor=FACTORS[s], measure=False),
+    "HESSO": lambda s, seed: HESSO(s, end=0.5, measure=False),
+    "magnitude": lambda s, seed: Magnitude(**channels(s)),
+    "random": lambda s, seed: RandomPruning(seed=seed, **channels(s)),
+}
+
+
+class FourBlocks(LightningModule):
+    """Four convolutions with BatchNorm, 112 channels."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 24, 32, 40)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after, stride in zip((1, *widths), widths, (1, 2, 1, 2), strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean(dim=(2, 3)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def halves(loader: DataLoader) -> TensorDataset:
+    """All images of a loader at half the resolution, with their classes."""
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    return TensorDataset(functional.avg_pool2d(images, 2), labels)
+
+
+def prepared(name: str) -> tuple[TensorDataset, TensorDataset]:
+    """6000 training images and the whole test set."""
+    data = DATA[name](batch_size=2000, subset=6000)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    train = DataLoader(data.train_dataloader().dataset, batch_size=2000)
+    return halves(train), halves(data.test_dataloader())
+
+
+def measure(train: TensorDataset, test: TensorDataset, method: Any, seed: int) -> dict[str, float]:
+    """Train with a method; return accuracy, FLOPs and channels left after cutting, and how far cutting moves the outputs."""
+    seed_everything(seed, verbose=False)
+    module = FourBlocks()
+    trainer = Trainer(
+        max_steps=STEPS, callbacks=[] if method is None else [method], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, DataLoader(train, batch_size=BATCH, shuffle=True, drop_last=True))
+    module.eval()
+    images, labels = test.tensors
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    widths = tuple(max(1, int(layer.weight.detach().flatten(1).any(1).sum())) for layer in convolutions)
+    with torch.no_grad():
+        right = module(images).argmax(1) == labels
+        few = images[:256]
+        cut = shrink(module, few[:2]) if method is not None and seed == 0 else module  # seeds repeat the same cutting
+        moved = (cut(few) - module(few)).abs().max()
+    return {
+        "accuracy": float(right.double().mean()),
+        "flops": count_flops(FourBlocks(widths), few[:1]) / count_flops(FourBlocks(), few[:1]),
+        "removed": 1.0 - sum(widths) / 112,
+        "moved": float(moved),
+    }
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every row, measured or read from the file."""
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {(row["data"], row["seed"], row["method"], row["sparsity"]): row for row in known}
+    for seed in SEEDS:
+        for name in DATA:
+            data = None
+            for method, build in METHODS.items():
+                for sparsity in (0.0,) if method == "dense" else SPARSITIES:
+                    key = (name, seed, method, sparsity)
+                    if key not in found:
+                        data = prepared(name) if data is None else data
+                        row = {"data": name, "seed": seed, "method": method, "sparsity": sparsity}
+                        row |= measure(*data, build(sparsity, seed), seed)
+                        with path.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+                        found[key] = row
+                    yield found[key]
+
+
+def spread(values: list[float], scale: float = 100.0) -> str:
+    """Mean and half the range."""
+    return f"{scale * statistics.mean(values):.1f} ± {scale * (max(values) - min(values)) / 2:.1f}"
+
+
+def test_channels_flops_and_accuracy_beside_the_controls(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    every = list(rows(Path(os.environ.get("HSPG_TABLE_ROWS", tmp_path / "rows.jsonl"))))
+    for name in DATA:
+        table = Table(title=f"{name}: accuracy in % / channels removed in % / FLOPs left in %, {len(SEEDS)} seeds")
+        for column in ("method", *map(str, SPARSITIES)):
+            table.add_column(column)
+        for method in METHODS:
+            cells = []
+            for sparsity in (0.0,) if method == "dense" else SPARSITIES:
+                chosen = [r for r in every if (r["data"], r["method"], r["sparsity"]) == (name, method, sparsity)]
+                parts = [spread([row["accuracy"] for row in chosen])]
+                parts += [f"{100 * statistics.mean(row[key] for row in chosen):.1f}" for key in ("removed", "flops")]
+                cells.append(" / ".join(parts))
+            table.add_row(method, *cells)
+        Console(width=130).print(table)
+    assert max(row["moved"] for row in every) < 1e-3
+    exact = [row for row in every if row["method"] in ("HSPG, target", "HESSO")]
+    assert all(row["removed"] == pytest.approx(int(row["sparsity"] * 112 + 1e-9) / 112) for row in exact)
