@@ -31,11 +31,16 @@ class Blocks:
         accepted: groups that are cut by it.
         recipes: sub-modules to replace, by path.
         refused: group name -> why not.
+        notes: sentences about what is new.
     """
 
     accepted: list[ChannelGroup] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+_FREE_STEPS = 400  # a whole module of more steps is exported with fixed sizes: free ones take minutes
 
 
 def unblock(search: Search, outcome: Outcome, plan: CutPlan, module: nn.Module, graphs: Graphs) -> Blocks:
@@ -63,9 +68,15 @@ class _Route:
         self.slowest = 0.0  # seconds of the slowest export with free sizes
 
     def run(self) -> Blocks:
+        self.run_blocks()
+        self.run_whole()
+        return self.found
+
+    def run_blocks(self) -> None:
+        """Try the sub-modules that hold refused groups."""
         members = self._by_path()
         if not members:
-            return self.found
+            return
         calls = captured(self.base, sorted(members), self.search.probe.calls)
         recipes: dict[str, Recipe] = {}
         drafts, kinds = self._drafts(members, calls)
@@ -82,7 +93,34 @@ class _Route:
                 self.failed.setdefault(kinds.get(path), why)
                 self.found.refused.update({group.name: why for group in groups})
         self._take_all(recipes, members)
-        return self.found
+
+    def run_whole(self) -> None:
+        """Try the module itself as one graph, for refused groups that no sub-module holds."""
+        groups = [g for g in self.search.wanted if g.name in self.outcome.refused and not self.search._scopes[g.name]]
+        calls = self.search.probe.calls
+        late = time.monotonic() > self.search.deadline
+        if not groups or late or len(calls) != 1 or calls[0].path:
+            return
+        for copy in (self.base, self.real):
+            for path, recipe in self.found.recipes.items():
+                install(copy, path, recipe, self.graphs)
+        members = {"": [self._moved(group) for group in groups]}
+        try:
+            steps = len(self.search.graphs[0].steps)
+            kept = self._kept("", members[""])
+            recipe = {"input": describe_call(calls[0]), "kept": kept, "share": "", "one": False,
+                      "free": "all" if steps <= _FREE_STEPS else "batch"}  # fmt: skip
+            shrunk_graphs(self.real, recipe, self.graphs)
+            why = self._fault({"": recipe}, members)
+        except Exception as failure:  # export, analysis and rewriting may fail in any way
+            why = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
+        if why:
+            self.found.refused.update({group.name: why for group in groups})
+            return
+        self.found.recipes[""] = recipe
+        self.found.accepted += groups
+        sizes = "" if recipe["free"] == "all" else "; sizes of its inputs are fixed but for the first dim"
+        self.found.notes.append(f"The whole module runs as one exported graph{sizes}.")
 
     def _drafts(
         self, members: Mapping[str, list[ChannelGroup]], calls: Mapping[str, Call]
@@ -157,11 +195,13 @@ class _Route:
         return difference(expected, run(holder.inner.eval(), [call]))
 
     def _moved(self, group: ChannelGroup) -> ChannelGroup:
-        """The group with its positions counted after the eager cut."""
+        """The group with its positions counted after the cuts so far."""
         slices = {}
+        done = CutPlan(kept=self.plan.kept, replaced=self.found.recipes)
         for (name, dim), positions in group.slices.items():
-            kept = self.plan.kept.get(name, {}).get(dim)
-            slices[name, dim] = positions if kept is None else np.searchsorted(np.asarray(kept), positions)
+            for kept in done.cuts(name, dim):
+                positions = np.searchsorted(np.asarray(kept), positions)
+            slices[name, dim] = positions
         return ChannelGroup(group.name, group.units, slices, group.consumers, group.producers)
 
     def _kept(self, path: str, groups: Sequence[ChannelGroup]) -> dict[str, dict[str, list[int]]]:
@@ -172,7 +212,7 @@ class _Route:
         sizes = tensors_by_name(self.base.get_submodule(path))
         kept: dict[str, dict[str, list[int]]] = {}
         for name, dims in gone.items():
-            own = name[len(path) + 1 :]
+            own = name[len(path) + 1 :] if path else name
             kept[own] = {
                 str(dim): np.setdiff1d(np.arange(sizes[own].shape[dim]), np.concatenate(at)).tolist()
                 for dim, at in dims.items()
@@ -200,7 +240,9 @@ class _Route:
 
     def _fault(self, recipes: Mapping[str, Recipe], members: Mapping[str, list[ChannelGroup]]) -> str:
         probe, removed = self.search.probe, self.search.removed
-        groups = [*self.outcome.accepted, *(group for path in recipes for group in members[path])]
+        now = {group.name for path in recipes for group in members[path]}
+        before = {group.name for group in (*self.outcome.accepted, *self.found.accepted)}
+        groups = [group for group in self.search.wanted if group.name in now | before]
         cut = copy_of(self.base)
         try:
             for path, recipe in recipes.items():

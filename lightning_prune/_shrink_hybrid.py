@@ -7,9 +7,9 @@ and the constants of its graph are rewritten. Its parameters stay where they are
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,8 +97,8 @@ def install(module: nn.Module, path: str, recipe: Recipe, graphs: Graphs) -> Non
     """Replace the sub-module at `path` by its own shrunk graph.
 
     Args:
-        module: the module that holds it; must not be the sub-module itself.
-        path: where it is.
+        module: the module that holds it.
+        path: where it is; "" is the module itself, which then keeps its object and gets a class of its own.
         recipe: how it is called and which positions of its tensors are kept.
         graphs: graphs made before, used again for modules alike; those made now are added.
     Raises:
@@ -107,6 +107,11 @@ def install(module: nn.Module, path: str, recipe: Recipe, graphs: Graphs) -> Non
     inner = module.get_submodule(path)
     made = shrunk_graphs(inner, recipe, graphs)
     _cut(inner, recipe["kept"])
+    if not path:
+        _feed(module, made)
+        kind: Any = type(module)
+        module.__class__ = _running(kind)
+        return
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, _backed(inner, made))
 
@@ -146,12 +151,23 @@ def _backed(inner: nn.Module, graphs: dict[bool, Any]) -> GraphModule:
     backed = GraphModule()
     for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         backed.__dict__[store] = inner.__dict__[store]
-    for training, (*_, constants) in graphs.items():
-        for name, constant in constants.items():
-            backed.register_buffer(f"{name}_{int(training)}", constant, persistent=False)
-    backed.__dict__["_graphs"] = {training: graph[:-1] for training, graph in graphs.items()}
+    _feed(backed, graphs)
     backed.training = inner.training
     return backed
+
+
+def _feed(module: nn.Module, graphs: dict[bool, Any]) -> None:
+    """Give a module graphs and the constants they read."""
+    for training, (*_, constants) in graphs.items():
+        for name, constant in constants.items():
+            module.register_buffer(f"{name}_{int(training)}", constant, persistent=False)
+    module.__dict__["_graphs"] = {training: graph[:-1] for training, graph in graphs.items()}
+
+
+@functools.cache
+def _running(kind: Any) -> Any:
+    """A subclass whose forward runs graphs; everything else (the steps of a LightningModule) is inherited."""
+    return kind if issubclass(kind, GraphModule) else type(f"Shrunk{kind.__name__}", (GraphModule, kind), {})
 
 
 def _shrunk_graph(inner: nn.Module, call: Call, recipe: Recipe, training: bool) -> tuple[Any, ...]:
@@ -168,7 +184,7 @@ def _export(inner: nn.Module, call: Call, training: bool, free: str) -> Any:
         args, kwargs = copied((call.args, call.kwargs))
         twin = copy_of(inner).train(training)
         bound = inspect.signature(twin.forward).bind(*args, **kwargs)
-        dynamic = pytree.tree_map(partial(_free_sizes, free=free), dict(bound.arguments))
+        dynamic = pytree.tree_map(functools.partial(_free_sizes, free=free), dict(bound.arguments))
         return torch.export.export(twin, args, kwargs, dynamic_shapes=dynamic, strict=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,17 +91,25 @@ class CutPlan:
 
     def narrow(self, name: str, tensor: Tensor) -> Tensor:
         """Return the kept positions of a tensor shaped like parameter or buffer `name`; itself if nothing is cut."""
-        for dims in (self.kept.get(name), self._replaced_dims(name)):
-            full = {dim: at for dim, at in (dims or {}).items() if tensor.shape[int(dim)] > 1}
+        for dims in (self.kept.get(name, {}), *self._replaced_dims(name)):
+            full = {dim: at for dim, at in dims.items() if tensor.shape[int(dim)] > 1}
             tensor = narrowed(tensor, full) if full else tensor
         return tensor
 
-    def _replaced_dims(self, name: str) -> Mapping[Any, Sequence[int]] | None:
-        """Positions kept, after the other cuts, in a sub-module that runs as its own graph."""
+    def cuts(self, name: str, dim: int) -> Iterator[Sequence[int]]:
+        """Yield the kept positions of one dim, cut by cut."""
+        if dim in self.kept.get(name, {}):
+            yield self.kept[name][dim]
+        for dims in self._replaced_dims(name):
+            if str(dim) in dims:
+                yield dims[str(dim)]
+
+    def _replaced_dims(self, name: str) -> Iterator[Mapping[Any, Sequence[int]]]:
+        """Positions kept, after the cuts before, in the modules that run as their own graphs."""
         for path, recipe in self.replaced.items():
-            if name.startswith(f"{path}.") and name[len(path) + 1 :] in recipe["kept"]:
-                return recipe["kept"][name[len(path) + 1 :]]
-        return None
+            dot = f"{path}." if path else ""
+            if name.startswith(dot) and name[len(dot) :] in recipe["kept"]:
+                yield recipe["kept"][name[len(dot) :]]
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

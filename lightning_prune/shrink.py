@@ -306,6 +306,7 @@ def _verified(
     if blocks.accepted:
         report.sensitivity.update(sensitivities(search.probe, blocks.accepted, removed))
     plan.replaced = dict(blocks.recipes)
+    report.notes += blocks.notes
     report.refused.update({**outcome.refused, **blocks.refused})
     report.error, report.trials = outcome.error, outcome.trials
     accepted = [*outcome.accepted, *blocks.accepted]

@@ -10,6 +10,7 @@ import torch
 from dependency_nets import Net, width_from_input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_prune._shrink_probe import mask_units
@@ -160,3 +161,50 @@ def test_more_blocks_need_no_more_trials_and_no_more_graphs():
         assert len({id(block._graphs[False][0]) for block in small.blocks}) == 1
         trials[depth] = report_of(small).trials
     assert trials[2] == trials[6]
+
+
+class Whole(LightningModule):
+    """Its own forward reshapes by the width of its input: no module around it could hold a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.blocks = nn.ModuleList([width_from_input()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.blocks[0](x)).reshape(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.o(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self(batch) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_module_that_blocks_itself_runs_as_one_graph(tmp_path):
+    torch.manual_seed(0)
+    module, x = Whole().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    groups = channel_groups(module, x)
+    units = {"qkv": torch.tensor([True, False, True, True]), "blocks.0.qkv": torch.tensor([False, True, True, False])}
+    small: Any = shrink(module, x, units, groups)
+    report = report_of(small)
+    assert report.refused == {}
+    assert report.notes == ["The whole module runs as one exported graph."]
+    assert isinstance(small, Whole)
+    assert small.qkv.weight.shape == (36, 16)
+    assert list(small.state_dict()) == list(module.state_dict())
+    twin = copy.deepcopy(module)
+    mask_units(twin, list(groups), {name: torch.nonzero(~mask).ravel().tolist() for name, mask in units.items()})
+    for shape in ((2, 5), (4, 7)):
+        y = torch.randn(*shape, 16, dtype=torch.float64)
+        expected, found = twin(y).detach(), small(y).detach()
+        assert float((expected - found).abs().max() / expected.abs().max()) < 1e-9
+    small.training_step(x, 0).backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    save_shrunk(small, tmp_path / "small.safetensors")
+    assert torch.equal(load_shrunk(lambda: Whole().double(), tmp_path / "small.safetensors")(x), small(x))
+    plan = report.plan
+    assert torch.equal(plan.narrow("qkv.weight", module.qkv.weight.detach()), small.qkv.weight)

@@ -18,7 +18,7 @@ from lightning_prune.dependency import ChannelGroups, channel_groups
 from lightning_prune.measure import count_flops, count_parameters
 from lightning_prune.shrink import report_of, shrink
 
-PRUNABLE = [name for name in NETS if NETS[name][2] and name != "width_from_input"]  # that one needs a module around it
+PRUNABLE = [name for name in NETS if NETS[name][2] and name != "width_from_input"]  # see test_shrink_hybrid
 few = settings(max_examples=3, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 many = settings(few, max_examples=20)
 
