@@ -222,17 +222,35 @@ def test_a_matrix_larger_than_what_is_free_is_refused_before_any_work(
         return entropy(module, batch)
 
     monkeypatch.setattr(chita, "free_bytes", lambda device: 7000)
-    message = r"8 gradients of 188 weights need about .* Lower `num_grads`, .*grad_dtype='bfloat16'.*algorithm='block'"
+    message = (
+        r"8 gradients of 188 weights need about .* Lower `num_grads`, use grad_dtype='bfloat16' .*algorithm='block'"
+    )
     refused(tiny, pruner(algorithm=algorithm), batches_with(loader), message, loss_fn=counted)
     assert len(calls) <= 1  # whether the loss of a part of a batch can be had
 
 
-def test_the_estimate_counts_the_samples_there_are_and_the_storage(
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [({}, 9056), ({"grad_dtype": "bfloat16"}, 5296), ({"algorithm": "block"}, 7520), ({"num_grads": 4}, 4144)],
+)
+def test_the_estimate_counts_rows_storage_and_the_square_matrices(
+    change: dict[str, Any], free: int, tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 8 x 188 numbers of 4 bytes and a quarter more: 7,520; three 8 x 8 matrices of 8 bytes: 1,536
+    monkeypatch.setattr(chita, "free_bytes", lambda device: free - 1)
+    refused(tiny, pruner(**change), batches_with(loader), "GiB are free")
+    monkeypatch.setattr(chita, "free_bytes", lambda device: free)
+    prune(tiny, pruner(**change), batches_with(loader), entropy)
+    assert MaskManager.of(tiny).counts() == (94, 188)
+
+
+def test_the_estimate_counts_the_samples_there_are(
     tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 8 x 188 numbers of 4 bytes and a quarter more are 7,520 bytes; of 2 bytes 3,760
-    monkeypatch.setattr(chita, "free_bytes", lambda device: 4000)
-    prune(tiny, pruner(grad_dtype="bfloat16"), batches_with(loader), entropy)
+    # 24 x 188 numbers and a quarter more: 22,560; three 24 x 24 matrices: 13,824
+    monkeypatch.setattr(chita, "free_bytes", lambda device: 22_560 + 13_824)
+    with pytest.warns(UserWarning, match="are more than the 24 calibration samples"):
+        prune(tiny, pruner(num_grads=5000), batches_with(loader), entropy)
     assert MaskManager.of(tiny).counts() == (94, 188)
 
 
