@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def run_job(cfg: DictConfig, folder: Path, sweep_folder: Path, overrides: Sequen
 
         attempt(cfg, folder, lambda: run_search(cfg, folder, sweep_folder), overrides=list(overrides))
         return result_of(folder)
-    attempt(cfg, folder, lambda: pipeline.run(_started(cfg, sweep_folder), folder), overrides=list(overrides))
+    attempt(cfg, folder, lambda: _run(_started(cfg, sweep_folder), folder), overrides=list(overrides))
     for name, control in control_configs(cfg, folder):
         place = folder / name
         attempt(
@@ -184,6 +185,14 @@ def _described(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
+
+
+def _run(cfg: DictConfig, folder: Path) -> None:
+    """The main job; one that only trains dense leaves its `dense.ckpt` like a run of its own."""
+    pipeline.run(cfg, folder)
+    if not pruners_by_name(cfg) and str(cfg.ckpt_path).endswith(".ckpt"):
+        with replacing(folder / "dense.ckpt") as temporary:
+            shutil.copyfile(cfg.ckpt_path, temporary)
 
 
 def _started(cfg: DictConfig, sweep_folder: Path) -> DictConfig:

@@ -1,0 +1,169 @@
+"""The commands of the documentation: every one composes, and those that need no other data or devices run, made tiny."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_readme import blocks
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TINY = [
+    "data.subset=64", "dense.max_epochs=1", "trainer.max_epochs=1", "trainer.accelerator=cpu", "measure.seconds=0.02",
+    "trainer.limit_test_batches=1", "trainer.limit_val_batches=1", "trainer.enable_progress_bar=false",
+    "callbacks.progress=null", "sweep.controls=[]",
+]  # fmt: skip
+# what these ask for is not there in a test: other data, devices, packages, or a run that was cut off
+ELSEWHERE = (
+    "mnist", "cifar10", "trainer=gpu", "trainer=ddp", "trainer=fsdp", "submitit", "launcher=ray", "resume=", "srun",
+    "search.knobs", "...", "--help", "$LIGHTNING_PRUNE_DATA",
+)  # fmt: skip
+DRIVER = """
+import json, sys, traceback
+from lightning_prune import cli, sweep
+from hydra.core.global_hydra import GlobalHydra
+failed = {}
+for line in json.loads(sys.stdin.read()):
+    GlobalHydra.instance().clear()
+    sys.argv = line
+    try:
+        code = sweep.main(line[1:]) if line[0].endswith("sweep") else cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        code = traceback.format_exc()
+    if line[0].endswith("sweep") or isinstance(code, (str, int)):
+        if code not in (0, None) and not isinstance(code, float):
+            failed[" ".join(line)] = str(code)
+print("RESULT" + json.dumps(failed))
+"""
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the `lightning-prune` commands of a page as lists of words."""
+    found = []
+    for _, code in blocks(page.read_text(encoding="utf-8"), "bash"):
+        for line in re.sub(r"\\\n\s*", " ", code).splitlines():
+            if re.match(r"\s*(srun )?lightning-prune", line):
+                found.append(shlex.split(line, comments=True))
+    return found
+
+
+EVERY = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def name_of(value: Any) -> str:
+    return value.stem if isinstance(value, Path) else " ".join(value[1:])[:60]
+
+
+def jobs(words: list[str]) -> list[list[str]]:
+    """The overrides of every job of a command."""
+    overrides = [word for word in words[(words[0] == "srun" and 2) or 1 :] if word not in ("-m", "...")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    batches = BasicSweeper.split_arguments(parsed, None) if "-m" in words else [[overrides]]
+    return [job for batch in batches for job in batch]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [(page, words) for page, words in EVERY if words[0] != "lightning-prune-sweep" and "--help" not in words],
+    ids=name_of,
+)
+def test_every_command_composes(page: Path, words: list[str]) -> None:
+    every = jobs(words)
+    for job in every if len(every) < 3 else [every[0], every[-1]]:
+        kept = [word for word in job if not word.startswith(("hydra/launcher", "hydra.launcher"))]
+        with initialize_config_module("lightning_prune.conf", version_base="1.3"):
+            cfg = compose("prune", overrides=kept, return_hydra_config=True)
+        assert cfg.seed >= 0
+
+
+def test_a_command_that_does_not_exist_would_be_noticed() -> None:
+    with (
+        initialize_config_module("lightning_prune.conf", version_base="1.3"),
+        pytest.raises(Exception, match="sparsty"),
+    ):
+        compose("prune", overrides=["callbacks.pruning.sparsty=0.5"])
+
+
+def test_the_documentation_has_commands() -> None:
+    assert len(EVERY) > 50
+    assert {page.name for page, _ in EVERY} >= {"README.md", "cli.md", "sweeps.md", "search.md", "hydra.md", "scale.md"}
+
+
+def tiny(words: list[str]) -> list[str]:
+    """Make a command small: fewer values to sweep, fewer samples and epochs."""
+    if words[0] == "lightning-prune-sweep":
+        return words
+    made = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if "-m" in words and "," in value and not re.search(r"[\[{]", value):
+            value = ",".join(value.split(",")[: 2 if key == "pruning" else 1])
+        made.append(f"{key}={value}" if "=" in word else word)
+    search = ["search.max_evaluations=2"] if any(word.startswith("search.") for word in words) else []
+    own = ["data.subset=null"] if any(word.startswith("experiment") for word in words) else []
+    return [*made, *TINY, *search, *own]
+
+
+def runnable(pages: list[Path]) -> list[list[str]]:
+    joblib = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+    found = []
+    for page in pages:
+        for words in commands(page):
+            text = " ".join(words)
+            if not any(mark in text for mark in ELSEWHERE) and (joblib or "joblib" not in text):
+                found.append(tiny(words))
+    return found
+
+
+def run_all(lines: list[list[str]], folder: Path) -> dict[str, str]:
+    """Run commands one after the other in one process; return what each that failed said."""
+    (folder / "my_package.py").write_text(
+        "from torch import nn\n"
+        "class MyNet(nn.Sequential):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    first = [
+        "lightning-prune",
+        "pruning=none",
+        "hydra.run.dir=.",
+        *TINY,
+    ]  # leaves the dense.ckpt that others start from
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps([first, *lines]), cwd=folder, capture_output=True, text=True,
+        timeout=900, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "RESULT" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("RESULT")[2])
+
+
+@pytest.mark.timeout(900)
+def test_the_commands_of_guides_and_tutorials_run(tmp_path: Path) -> None:
+    pages = [page for page in PAGES if page.parent.name in ("guides", "tutorials")]
+    lines = runnable(pages)
+    assert len(lines) >= 10
+    assert run_all(lines, tmp_path) == {}
+    assert (tmp_path / "runs" / "digits" / "sweep.md").exists()
+    assert (tmp_path / "runs" / "search" / "search.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_all_other_pages_run(tmp_path: Path) -> None:
+    pages = [page for page in PAGES if page.parent.name not in ("guides", "tutorials")]
+    assert run_all(runnable(pages), tmp_path) == {}
