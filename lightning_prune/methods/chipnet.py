@@ -307,7 +307,13 @@ class ChipNet(PruningCallback):
         # the gates follow the loss of the first optimizer, once per step however often its closure runs
         if _same_optimizer(optimizer, trainer.optimizers[0]) and trainer.global_step != self._stepped:
             self._stepped = trainer.global_step
-            gates.update(mean_over_ranks(gradient / _loss_scale(trainer)))
+            scale = _loss_scale(trainer)
+            if not gates.update(mean_over_ranks(gradient / scale)) and scale == 1.0:
+                raise ValueError(
+                    f"the gradient of the gates is not finite at step {trainer.global_step}: training diverges. Networks with "
+                    "frozen BatchNorm statistics need a learning rate for fine-tuning: lower it (0.01 for SGD, 0.001 for "
+                    "AdamW) or set bn_soft='train'."
+                )
 
     @override
     def on_train_batch_end(

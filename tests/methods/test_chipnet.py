@@ -492,6 +492,26 @@ def test_averaged_weights_take_the_gates_over_and_are_sparse() -> None:
     assert watch.found == [] == leaks(module)
 
 
+def test_masks_of_one_network_hold_on_another(tmp_path: Path) -> None:
+    host = toy()
+    fit(host, chipnet())
+    MaskManager.of(host).save(tmp_path / "masks.safetensors")
+    other, watch, callback = toy(seed=7), Watch(), chipnet()
+    MaskManager.of(other).load(tmp_path / "masks.safetensors")
+    optimizer = other.configure_optimizers()
+    MaskManager.of(other).attach([optimizer])
+    for batch in toy_loader():
+        optimizer.zero_grad()
+        other.loss(batch).backward()
+        optimizer.step()
+    assert same(sorted(masks_of(other).items()), sorted(masks_of(host).items()))
+    assert leaks(other) == []
+    fit(other, callback, watch)  # which finds that nothing is left to remove
+    assert watch.found == []
+    assert same(sorted(masks_of(other).items()), sorted(masks_of(host).items()))
+    assert callback.receipt.certificate["cost"] <= callback.receipt.certificate["limit"]
+
+
 # metrics
 
 
@@ -653,6 +673,15 @@ def test_weights_that_are_all_read_past_their_modules_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"there is no channel to gate.*read outside of the modules that hold them"):
         fit(toy(kind=Sneaky), chipnet())
+
+
+def test_training_that_diverges_is_stopped_with_a_remedy() -> None:
+    class Diverging(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (1.0 if batch_idx < 2 else float("nan"))
+
+    with pytest.raises(ValueError, match=r"gates is not finite at step 2: training diverges.*bn_soft='train'"):
+        fit(toy(kind=Diverging), chipnet())
 
 
 def test_pruning_at_once_is_refused() -> None:
