@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base="1.3", config_path="pkg://lightning_prune.conf", config_name="prune")
 def main(cfg: DictConfig) -> float | None:
     """Prune one model as configured; returns the final test accuracy, which sweepers read."""
-    # torch is loaded only when there is work to do, not for --help
+    # idle threads that spin slow small networks down many times as soon as anything else runs on the machine; OpenMP reads
+    # this once, when torch is loaded, and that happens only when there is work to do, not for --help
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lightning_prune import _search_run, _sweep_jobs, pipeline
 
     quiet_host()
