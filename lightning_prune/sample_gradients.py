@@ -103,6 +103,7 @@ class GradientSource:
         self._rest: tuple[Any, int] | None = None  # of a batch that one call did not use up
         self._index = 0  # of the next batch in this pass
         self._position = 0  # samples read in this pass
+        self._largest = 0  # samples in the largest batch so far
         self._length: int | None = None  # of a pass, once one has been read
 
     def __enter__(self) -> GradientSource:
@@ -215,10 +216,9 @@ class GradientSource:
         total = torch.zeros(self.width, device=self.device)
         loss_sum, seen = 0.0, 0
         norms = batch_norms(self.step.get_submodule("module")) if train_norms else []
-        parts = self._take(check_integer("samples", samples, 1))
         with in_training(norms):
             # a batch that is not finite can be named only if it is not joined to its neighbours
-            for batch, count, index in parts if self.whole or check else joined(parts, self.chunk):
+            for batch, count, index in self._take(samples) if check else self._joined(samples):
                 if train_norms and count == 1 and seen:
                     continue  # one sample has no variance
                 loss, flat = self._gradient(batch, index, check)
@@ -232,11 +232,12 @@ class GradientSource:
             raise ValueError("there is no calibration sample. Give a dataloader with at least one batch.")
         return loss_sum / seen, total.div_(seen)
 
-    def held_loss(self, samples: int) -> float:
-        """Return the mean loss over at most `samples` samples that are drawn once and then kept."""
+    def held_loss(self, samples: int, train_norms: bool = False) -> float:
+        """Return the mean loss over at most `samples` >= 1 samples that are drawn once and kept; arguments as in `mean`."""
         if not self._held:
-            self._held = [(batch, count) for batch, count, _ in self._take(check_integer("samples", samples, 1))]
-        with torch.no_grad():
+            self._held = [(batch, count) for batch, count, _ in self._joined(samples)]
+        norms = batch_norms(self.step.get_submodule("module")) if train_norms else []
+        with torch.no_grad(), in_training(norms):
             losses = [float(self._loss(batch, 0, False)) * count for batch, count in self._held]
         return sum(losses) / sum(count for _, count in self._held)
 
@@ -253,7 +254,7 @@ class GradientSource:
             return
         self._check_cut(2)  # while BatchNorm takes any number of samples
         with torch.no_grad(), averaging(norms, self.buffers):
-            for number, (batch, count, _) in enumerate(self._take(check_integer("samples", samples, 1))):
+            for number, (batch, count, _) in enumerate(self._take(samples)):
                 if count > 1 or not number:  # one sample has no variance, and a batch of a rest is easily one
                     self._loss(batch, 0, False)
 
@@ -262,16 +263,21 @@ class GradientSource:
 
         What is left of the last batch waits for the next call; where batches cannot be cut, the last one is given whole.
         """
+        check_integer("samples", samples, 1)
         self._check_cut(1)
         for batch, index in self._next_pass():
-            length, used = sample_count(batch), 0
-            while used < length and samples > 0:
-                count = length if self.whole else min(samples, self.chunk, length - used)
-                yield (batch if self.whole else slice_batch(batch, used, used + count)), count, index
-                used, samples = used + count, samples - count
+            length = sample_count(batch)
+            count = length if self.whole else min(samples, length)
+            yield (batch if count == length else slice_batch(batch, 0, count)), count, index
+            samples -= count
             if samples <= 0:
-                self._rest = (slice_batch(batch, used, length), index) if used < length else None
+                self._rest = (slice_batch(batch, count, length), index) if count < length else None
                 return
+
+    def _joined(self, samples: int) -> Iterator[tuple[Any, int, int]]:
+        """What `_take` yields, small parts joined: to no more than the data's own batches have, or what rows take."""
+        parts = self._take(samples)
+        return parts if self.whole else joined(parts, max(self.chunk, self._largest))
 
     def _next_pass(self) -> Iterator[tuple[Any, int]]:
         """Batches and their indices from where the stream stands, at most as many samples as one pass has."""
@@ -283,7 +289,8 @@ class GradientSource:
         while self._length is None or given < self._length:
             batch = next(self._stream, None)
             if batch is not None:
-                given, self._position = given + sample_count(batch), self._position + sample_count(batch)
+                count = sample_count(batch)
+                given, self._position, self._largest = given + count, self._position + count, max(self._largest, count)
                 self._index += 1
                 yield batch, self._index - 1
             elif restarted:

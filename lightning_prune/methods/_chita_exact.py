@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class SupportSystem:
     index: Tensor
     dual: bool
     gram: Tensor
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of the Gram matrix."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        return values, vectors
 
 
 def gram_matrix(problem: Quadratic, columns: Tensor | None = None) -> Tensor:
@@ -115,7 +122,7 @@ def solve_system(problem: Quadratic, system: SupportSystem, ridges: Sequence[flo
     if not system.index.numel():
         return problem.center.new_zeros(len(damping), problem.p)
     scale = torch.tensor(damping, dtype=torch.float64, device=problem.rows.device)
-    invert = inverse(system.gram, scale)
+    invert = inverse(system, scale)
     kept = system.support[:, None]
     rho = problem.forward(problem.center.masked_fill(system.support, 0.0))[:, None]
     move = (_dual if system.dual else _primal)(problem, system, rho, scale, invert)
@@ -154,16 +161,16 @@ def _primal(problem: Quadratic, system: SupportSystem, rho: Tensor, damping: Ten
 _Inverse = Callable[[Tensor], Tensor]
 
 
-def inverse(gram: Tensor, damping: Tensor) -> _Inverse:
+def inverse(system: SupportSystem, damping: Tensor) -> _Inverse:
     """Return B -> (G + damping_j I)^{-1} b_j for every column j: one Cholesky factor, or one eigendecomposition."""
     if damping.numel() == 1:
-        damped = gram.clone()
+        damped = system.gram.clone()
         damped.diagonal().add_(damping)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info):
             raise ValueError(f"the Gram matrix of the gradients plus the ridge is not positive. {ADVICE}")
         return lambda right: torch.cholesky_solve(right, factor)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = system.spectrum
     spectrum = values[:, None] + damping
     if not bool((spectrum > 0).all()):
         raise ValueError(f"the Gram matrix of the gradients plus the ridge is not positive. {ADVICE}")

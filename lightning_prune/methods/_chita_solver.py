@@ -38,8 +38,8 @@ from lightning_prune.methods._chita_problem import (
     objective,
 )
 
-_HALVINGS = 20
-_DOUBLINGS = 10
+_STRETCH = 4.0  # the step that may change the support is first cut, then stretched by this factor
+_CUTS, _STRETCHES = 10, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,17 +148,17 @@ def stepped_support(problem: Quadratic, support: Tensor, k: int) -> Tensor:
     tau = float(frozen_step(problem, slope, support))
     best, value = support, start_point(problem, support).value
     others = ~support if problem.alive is None else problem.alive & ~support
-    for _ in range(_HALVINGS):
+    for _ in range(_CUTS):
         moved = (problem.center - tau * slope).abs_()
         if bool(moved.masked_fill(~support, torch.inf).min() > moved.masked_fill(~others, -torch.inf).max()):
             break  # the support stays
-        tau /= 2
-    for _ in range(_DOUBLINGS):
+        tau /= _STRETCH
+    for _ in range(_STRETCHES):
         trial, weights = _moved_support(problem, slope, tau, k)
         after = objective(problem, weights)
         if not after < value:
             break
-        best, value, tau = (support if torch.equal(trial, support) else trial), after, 2 * tau
+        best, value, tau = (support if torch.equal(trial, support) else trial), after, _STRETCH * tau
     return best
 
 

@@ -292,8 +292,9 @@ class _Solver:
             for candidate in self.candidates(ridges):
                 value = loss(candidate.weights)
                 if best is None or value < best.loss or math.isnan(best.loss):
-                    best = replace(candidate, loss=value, expected=self.expected_rise(candidate.weights, step))
+                    best = replace(candidate, loss=value)
             assert best is not None
+            best = replace(best, expected=self.expected_rise(best.weights, step))
             if len(self.settings.ridges) == 1 or best.ridge < ridges[-1]:
                 break  # the user's own ridge, or a smaller one does better
             if not best.loss - before() > _BEYOND * max(best.expected, 0.0):

@@ -10,11 +10,13 @@ Departures from the paper, each with its reason:
 - Weights may be measured in units of their own gradients (`metric`), so that no layer is favoured for its scale. Under
   BatchNorm the scale of a layer is free and its gradients say little; there the default leaves weights in their own units.
 - The ridge is chosen in each stage by the loss on held-out calibration samples, and raised where the quadratic does not
-  hold; with BatchNorm, statistics are re-estimated before any such comparison.
+  hold.
+- BatchNorm takes the statistics of the batch in refits and wherever losses are compared; its running statistics, which
+  the rows need, are re-estimated at the start of each stage.
 - A stage that does worse on held-out samples than the largest weights alone gives way to them.
 - After a stage the kept weights take steps along the gradients of fresh batches (`refits`). It is training data well
   used, not pruning; `refits=0` leaves it out.
-- By default the sparsity goes from one half to the target in eight stages of the geometric schedule.
+- By default the sparsity goes from one half to the target in six stages of the geometric schedule.
 - The first-order term may come from a larger batch of its own (`gradient_samples`).
 - A weight that was pruned in an earlier event never returns.
 """
@@ -57,8 +59,8 @@ __all__ = ["CHITA", "check_memory", "prune_in_stages"]
 
 METRIC = 0.5  # of networks without BatchNorm
 RIDGES = (1e-4, 1e-3, 1e-2)
-HELD_SAMPLES = 500  # by which stages compare losses
-SETTLE_SAMPLES = 250  # on which BatchNorm statistics are re-estimated before each comparison
+HELD_SAMPLES = 256  # by which stages compare losses
+SETTLE_SAMPLES = 256  # on which BatchNorm statistics are re-estimated before the rows of a stage
 PASSES = 10  # refits read the data at most so many times
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,6 +95,8 @@ def prune_in_stages(
 
     def matrix(at: Tensor) -> tuple[Tensor, int]:
         source.at(at)
+        if at is not weights:  # there the module's own statistics are right
+            source.refit_batch_norm(SETTLE_SAMPLES)
         return source.rows(rows, samples_per_row, dtype), source.samples
 
     def gradient(at: Tensor) -> tuple[float, Tensor]:
@@ -101,8 +105,7 @@ def prune_in_stages(
 
     def loss(at: Tensor) -> float:
         source.at(at)
-        source.refit_batch_norm(SETTLE_SAMPLES)
-        return source.held_loss(HELD_SAMPLES)
+        return source.held_loss(HELD_SAMPLES, train_norms=normed)
 
     def mean(at: Tensor) -> Tensor:
         source.at(at)
@@ -165,7 +168,7 @@ class CHITA(OneShotPruning):
         at: Any = "start",
         num_grads: int = 64,
         grad_batch: int = 16,
-        stages: int = 8,
+        stages: int = 6,
         schedule: str = "mfac",
         base_level: float = 0.5,
         polish: int = 0,
@@ -176,7 +179,7 @@ class CHITA(OneShotPruning):
         algorithm: str = "bso",
         block_size: int = 500,
         grad_dtype: str = "float32",
-        refits: int = 600,
+        refits: int = 660,
         refit_samples: int = 128,
         refit_bn: bool = True,
         **common: Any,
@@ -220,7 +223,7 @@ class CHITA(OneShotPruning):
             progress(context, len(sparsities)) as advance,
         ):
             rows, samples = self._plan(source)
-            check_memory(rows, source.width, DTYPES[self.grad_dtype], source.device, self.algorithm == "block")
+            check_memory(rows, source.width, DTYPES[self.grad_dtype], source.device)
             flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
             alive = torch.cat([mask.flatten() for mask in context.alive.values()])
             fallbacks: list[float] = []
@@ -320,29 +323,15 @@ def check_whole_parameters(context: Context) -> None:
         )
 
 
-def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device, in_blocks: bool = False) -> None:
-    """Raise ValueError if the gradient matrix and what the solver takes beside it would not fit into what is free.
-
-    Beside n p numbers: a quarter of them for vectors and working copies, and three n x n matrices of float64, which a
-    solve in blocks does without.
-
-    Args:
-        rows: n, >= 1.
-        columns: p, >= 1.
-        dtype: storage of the matrix.
-        device: where it will lie.
-        in_blocks: whether the solve goes block by block.
-    Raises:
-        ValueError: more is needed than is free.
-    """
+def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError if the gradient matrix and 25 % for the solver would not fit into what is free."""
     needed = int(rows * columns * torch.empty((), dtype=dtype).element_size() * 1.25)
-    needed += 0 if in_blocks else 3 * 8 * rows**2
     free = free_bytes(device)
     if free is not None and needed > free:
         raise ValueError(
             f"`num_grads`={rows} gradients of {columns} weights need about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free. Lower `num_grads`, use grad_dtype='bfloat16' (half as much) or "
-            "algorithm='block' (no matrix of `num_grads` x `num_grads`), or prune layers in turn with `include`."
+            f"{free / 2**30:.1f} GiB are free. Lower `num_grads`, use grad_dtype='bfloat16' (half as much), or prune layers "
+            "in turn with `include` (algorithm='block' keeps the solver's own share small)."
         )
 
 
