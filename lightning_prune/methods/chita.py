@@ -223,7 +223,7 @@ class CHITA(OneShotPruning):
             progress(context, len(sparsities)) as advance,
         ):
             rows, samples = self._plan(source)
-            check_memory(rows, source.width, DTYPES[self.grad_dtype], source.device)
+            check_memory(rows, source.width, DTYPES[self.grad_dtype], source.device, self.algorithm == "block")
             flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
             alive = torch.cat([mask.flatten() for mask in context.alive.values()])
             fallbacks: list[float] = []
@@ -323,15 +323,29 @@ def check_whole_parameters(context: Context) -> None:
         )
 
 
-def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError if the gradient matrix and 25 % for the solver would not fit into what is free."""
+def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device, in_blocks: bool = False) -> None:
+    """Raise ValueError if the gradient matrix and what the solver takes beside it would not fit into what is free.
+
+    Beside n p numbers: a quarter of them for vectors and working copies, and three n x n matrices of float64, which a
+    solve in blocks does without.
+
+    Args:
+        rows: n, >= 1.
+        columns: p, >= 1.
+        dtype: storage of the matrix.
+        device: where it will lie.
+        in_blocks: whether the solve goes block by block.
+    Raises:
+        ValueError: more is needed than is free.
+    """
     needed = int(rows * columns * torch.empty((), dtype=dtype).element_size() * 1.25)
+    needed += 0 if in_blocks else 3 * 8 * rows**2
     free = free_bytes(device)
     if free is not None and needed > free:
         raise ValueError(
             f"`num_grads`={rows} gradients of {columns} weights need about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free. Lower `num_grads`, use grad_dtype='bfloat16' (half as much), or prune layers "
-            "in turn with `include` (algorithm='block' keeps the solver's own share small)."
+            f"{free / 2**30:.1f} GiB are free. Lower `num_grads`, use grad_dtype='bfloat16' (half as much) or "
+            "algorithm='block' (no matrix of `num_grads` x `num_grads`), or prune layers in turn with `include`."
         )
 
 
