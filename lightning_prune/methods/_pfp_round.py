@@ -145,9 +145,12 @@ def _check_some(consumers: list[Consumer], refused: Mapping[str, str]) -> None:
 
 def summary(certificate: Certificate) -> str:
     """Return the certificate in one sentence, for the receipt's notes."""
-    bounds = [group for group in certificate.groups if group.covered and group.kept < group.units]
-    useful = [group for group in bounds if not group.vacuous]
+    cut = [group for group in certificate.groups if group.kept < group.units]
+    vacuous = sum(group.covered and group.vacuous for group in cut)
+    useful = sum(group.covered for group in cut) - vacuous
+    rest = list(dict.fromkeys(group.reason for group in cut if not group.covered))
+    why = f" ({'; '.join(rest)})" if rest else ""
     return (
-        f"Certificate: {len(useful)} of {len(certificate.groups)} groups have a bound below 1, "
-        f"{len(bounds) - len(useful)} a vacuous one; {len(certificate.uncovered)} tensors or groups are not covered."
+        f"Certificate: of {len(cut)} groups that lost units, {useful} have a bound below 1, {vacuous} a vacuous one, "
+        f"{len(cut) - useful - vacuous} none{why}; {len(certificate.uncovered)} tensors or groups stay whole, with reasons."
     )

@@ -20,7 +20,7 @@ from lightning_prune.methods._pfp_streams import evaluating, reduce_over_ranks
 from lightning_prune.objective import Objective
 from lightning_prune.targets import canonical_name
 
-__all__ = ["layers_of", "sensitivities", "some_samples", "weight_shares"]
+__all__ = ["equal_input_shares", "layers_of", "sensitivities", "some_samples", "weight_shares"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TINY = 1e-12
@@ -66,11 +66,7 @@ def _reduced(rows: Tensor, inverse: Tensor, reduction: str, max_elements: int) -
 
 
 def layers_of(module: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Module]]:
-    """Return the layers that hold each named weight.
-
-    Raises:
-        ValueError: a weight is not that of a linear layer or a convolution.
-    """
+    """Return the linear layers and convolutions that hold each named weight; perhaps none."""
     wanted = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
     found: dict[str, list[nn.Module]] = {name: [] for name in names}
     for child in module.modules():
@@ -78,12 +74,6 @@ def layers_of(module: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Modu
         name = wanted.get(id(weight)) if weight is not None else None
         if name in found and isinstance(child, (nn.Linear, *_CONVOLUTIONS)):
             found[name].append(child)
-    for name, layers in found.items():
-        if not layers:
-            raise ValueError(
-                f"{name!r} cannot be measured: it is not the weight of a linear layer or a convolution. Leave it out with "
-                f"exclude=[{name!r}]."
-            )
     return found
 
 
@@ -107,9 +97,9 @@ def sensitivities(
         seed: of that choice.
         max_elements: see `weight_shares`.
     Returns:
-        scores by weight name, each of the weight's shape; positions by weight name.
+        scores by weight name, each of the weight's shape, and positions by weight name; without layers that are not called.
     Raises:
-        ValueError: a weight or an input is not finite, or a layer is not called.
+        ValueError: a weight or an input is not finite.
     """
     scores: dict[str, Tensor] = {}
     positions: dict[str, int] = {}
@@ -136,12 +126,25 @@ def sensitivities(
         step = stack.enter_context(evaluating(objective))
         for batch in batches:
             step(batch)
-    for name in layers:
-        if name not in scores:
-            raise ValueError(
-                f"{name!r} cannot be measured: its layer is not called. Leave it out with exclude=[{name!r}]."
-            )
-    return {name: reduce_over_ranks(scores[name], "MAX") for name in layers}, positions
+    return {name: reduce_over_ranks(scores[name], "MAX") for name in layers if name in scores}, positions
+
+
+def equal_input_shares(weight: Tensor) -> Tensor:
+    """Return the shares of a weight whose inputs are all equal: |w_ij| / sum of the |w_ik| of the same sign.
+
+    Args:
+        weight: (outputs, ...).
+    Returns:
+        Of the weight's shape, in [0, 1], of at least float32.
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("a weight that no calibration batch reaches is not finite. Check the training run.")
+    flat = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    up, down = flat.clamp_min(0), (-flat).clamp_min(0)
+    parts = [part / part.sum(1, keepdim=True).clamp_min(1e-30) for part in (up, down)]
+    return (parts[0] + parts[1]).view(weight.shape)
 
 
 def some_samples(objective: Objective, count: int) -> list[Any]:

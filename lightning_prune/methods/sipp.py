@@ -34,7 +34,13 @@ from lightning_prune.methods._sipp_allocation import (
     water_filling,
     whole_numbers,
 )
-from lightning_prune.methods._sipp_scores import layers_of, sensitivities, some_samples, weight_shares
+from lightning_prune.methods._sipp_scores import (
+    equal_input_shares,
+    layers_of,
+    sensitivities,
+    some_samples,
+    weight_shares,
+)
 from lightning_prune.oneshot import OneShotPruning
 from lightning_prune.selection import check_scores, keep_top, kept_count
 
@@ -92,11 +98,15 @@ class SiPP(OneShotPruning):
         scores, positions = sensitivities(
             context.objective, layers, batches, reduction, self.max_patches, self.seed, self.max_elems
         )
-        check_scores(scores)
         samples = sum(map(batch_length, batches))
-        notes = (
-            [f"Shares measured on {samples} of the {self.n_calib} samples asked for."] if samples < self.n_calib else []
-        )
+        notes = []
+        if samples < self.n_calib:
+            notes.append(f"Shares measured on {samples} of the {self.n_calib} samples asked for.")
+        for name in [name for name in context.weights if name not in scores]:
+            scores[name], positions[name] = equal_input_shares(context.weights[name]), 1
+            notes.append(f"{name} cannot be seen at work: its shares are those of equal inputs.")
+        scores = {name: scores[name] for name in context.weights}
+        check_scores(scores)
         if self.variant == "deterministic":
             return Proposal(keep_top(scores, context.target, alive=context.alive), notes=notes)
         return self._sampled(context, scores, positions, notes)
