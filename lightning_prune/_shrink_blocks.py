@@ -16,9 +16,9 @@ from lightning_prune._dependency.groups import ChannelGroup
 from lightning_prune._dependency.walk import tensors_by_name
 from lightning_prune._shrink_alike import Fingerprints
 from lightning_prune._shrink_edits import common_path
-from lightning_prune._shrink_hybrid import Graphs, Recipe, describe_call, install, shrunk_graphs
+from lightning_prune._shrink_hybrid import Graphs, Recipe, describe_call, install, shrunk_graphs, with_batch_of_two
 from lightning_prune._shrink_plan import CutPlan
-from lightning_prune._shrink_probe import captured, difference, masked, run
+from lightning_prune._shrink_probe import batch_size, captured, difference, masked, run
 from lightning_prune._shrink_search import Outcome, Search
 from lightning_prune._shrink_strict import strict_fault
 
@@ -110,7 +110,7 @@ class _Route:
             kept = self._kept("", members[""])
             recipe = {"input": describe_call(calls[0]), "kept": kept, "share": "", "one": False,
                       "free": "all" if steps <= _FREE_STEPS else "batch"}  # fmt: skip
-            shrunk_graphs(self.real, recipe, self.graphs)
+            self._export("", recipe)
             why = self._fault({"": recipe}, members)
         except Exception as failure:  # export, analysis and rewriting may fail in any way
             why = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
@@ -181,10 +181,22 @@ class _Route:
         left = self.search.deadline - time.monotonic()
         recipe["free"] = known or ("all" if kinds * self.slowest < left else "batch")
         started = time.monotonic()
-        shrunk_graphs(self.real.get_submodule(path), recipe, self.graphs)
+        self._export(path, recipe)
         if known is None and recipe["free"] == "all":
             self.slowest = max(self.slowest, time.monotonic() - started)
         self.made[recipe["share"]] = recipe["free"]
+
+    def _export(self, path: str, recipe: Recipe) -> None:
+        """Make the graphs; a batch of one would be taken for a constant, so it is traced as two where that runs."""
+        inner, described = self.real.get_submodule(path), recipe["input"]
+        if batch_size(self.search.probe.calls) == 1:
+            recipe["input"] = with_batch_of_two(described)
+            try:
+                shrunk_graphs(inner, recipe, self.graphs)
+                return
+            except Exception:  # the sub-module takes no such batch
+                recipe["input"] = described
+        shrunk_graphs(inner, recipe, self.graphs)
 
     def _error(self, path: str, call: Call, recipe: Recipe, moved: list[ChannelGroup]) -> float:
         part, holder = self.base.get_submodule(path), nn.Module()

@@ -30,6 +30,7 @@ from lightning_prune._shrink_program import Rewriter
 # one; "one": whether eval and train mode have one; "free": "all" sizes of the inputs, or "batch"}
 Recipe = dict[str, Any]
 Graphs = dict[tuple[Any, ...], Any]  # made before, by what they depend on
+_FREE = object()  # an input of which a graph takes nothing for granted
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
                                torch.bool, torch.uint8)}  # fmt: skip
 
@@ -41,21 +42,33 @@ class GraphModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode."""
-        graph, names, places, spec, out_spec, hidden = self._graphs[self.training]
-        flat = pytree.tree_flatten((args, kwargs))[0] if _spec_of(args, kwargs) == spec else None
-        if flat is None:
+        graph, names, fixed, spec, out_spec = self._graphs[self.training]
+        flat, found = pytree.tree_flatten((args, kwargs))
+        if found != spec:
             raise ValueError(
-                "the inputs of a shrunk graph must have the structure it was traced with: "
-                f"{spec}, got {_spec_of(args, kwargs)}."
+                f"the inputs of a shrunk graph must have the structure it was traced with: {spec}, got {found}."
             )
-        held = tensors_by_name(self)
-        values = [held[name] if name is not None else flat[place] for name, place in zip(names, places, strict=True)]
-        outputs = graph(*values)
-        return pytree.tree_unflatten(list(outputs)[hidden:], out_spec)
+        for traced, value in zip(fixed, flat, strict=True):
+            _check_fixed(traced, value)
+        held, given = tensors_by_name(self), iter(flat)
+        values = [next(given) if name is None else held[name] for name in names]
+        return pytree.tree_unflatten(list(graph(*values)), out_spec)
 
 
-def _spec_of(args: Any, kwargs: Any) -> Any:
-    return pytree.tree_flatten((args, kwargs))[1]
+def _check_fixed(traced: Any, value: Any) -> None:
+    """Refuse what the graph holds as a constant: sizes that are not free, and arguments that are no tensors."""
+    if not isinstance(traced, tuple):
+        same = traced is _FREE or (type(value) is type(traced) and value == traced)
+    else:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        same = len(shape) == len(traced) and all(a in (None, b) for a, b in zip(traced, shape, strict=True))
+    if not same:
+        shown = [size or "any" for size in traced] if isinstance(traced, tuple) else traced
+        got = list(value.shape) if isinstance(value, Tensor) else value
+        raise ValueError(
+            f"the inputs of a shrunk graph must have the sizes it was traced with, {shown}, got {got}. "
+            "Shrink with an example of the sizes that are used."
+        )
 
 
 def describe_call(call: Call) -> Any:
@@ -77,6 +90,19 @@ def _describe(value: Any) -> Any:
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"dict": {key: _describe(item) for key, item in value.items()}}
     raise ValueError(f"an argument of type {type(value).__name__} cannot be stored")
+
+
+def with_batch_of_two(described: Any) -> Any:
+    """Return a described call with a first dim of 2 where it is 1."""
+    if isinstance(described, list):
+        return [with_batch_of_two(item) for item in described]
+    (kind, content), *_ = described.items()
+    if kind == "tensor":
+        dtype, shape = content
+        return {kind: [dtype, [2, *shape[1:]] if shape[:1] == [1] else shape]}
+    if kind == "dict":
+        return {kind: {key: with_batch_of_two(item) for key, item in content.items()}}
+    return {kind: with_batch_of_two(content)} if kind in ("list", "tuple") else described
 
 
 def _rebuild(described: Any, like: Tensor) -> Any:
@@ -221,9 +247,9 @@ def _roots(walk: Walk, kept: Mapping[str, Any]) -> list[int]:
 def _runnable(program: Any, training: bool) -> tuple[Any, ...]:
     """The graph with what `GraphModule.forward` needs to feed it."""
     names: list[str | None] = []
-    places: list[int] = []
+    fixed: list[Any] = []
     constants: dict[str, Tensor] = {}
-    user = 0
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     for spec in program.graph_signature.input_specs:
         own: str | None = None
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -234,26 +260,31 @@ def _runnable(program: Any, training: bool) -> tuple[Any, ...]:
         elif spec.kind != InputKind.USER_INPUT:
             raise ValueError(f"an input of kind {spec.kind.name} cannot be fed")
         names.append(own)
-        places.append(user if own is None else -1)
-        user += own is None
-    kinds = [spec.kind for spec in program.graph_signature.output_specs]
-    hidden = sum(kind != OutputKind.USER_OUTPUT for kind in kinds)
-    if hidden:
+        if own is None:
+            fixed.append(_fixed_part(spec.arg, values.get(spec.arg.name)))
+    if any(spec.kind != OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
         raise ValueError("the sub-module updates buffers outside its graph")
     graph_module = program.graph_module
     for node in list(graph_module.graph.nodes):
         if _is_guard(node):
             graph_module.graph.erase_node(node)
     graph_module.recompile()
-    return (
-        graph_module,
-        names,
-        places,
-        program.call_spec.in_spec,
-        program.call_spec.out_spec,
-        hidden,
-        constants,
-    )
+    return graph_module, names, fixed, program.call_spec.in_spec, program.call_spec.out_spec, constants
+
+
+def _fixed_part(argument: Any, value: Any) -> Any:
+    """What a graph takes for granted of an input: sizes (None is free), or the value of one that is no tensor."""
+    if isinstance(value, Tensor):
+        return tuple(_fixed_size(size) for size in value.shape)
+    return argument.value if hasattr(argument, "value") else _FREE
+
+
+def _fixed_size(size: Any) -> int | None:
+    """The number that a size is, or was found to be while tracing; None for a free one."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.shape_env.replace(size.node.expr)
+    return int(expression) if expression.is_number else None
 
 
 def _is_guard(node: fx.Node) -> bool:

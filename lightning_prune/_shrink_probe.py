@@ -223,11 +223,16 @@ def _projection(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def larger_batch(calls: Sequence[Call]) -> list[Call] | None:
     """Return the calls with every tensor of the batch size doubled along its first dim; None without a batch."""
-    first = next((t for call in calls for t in tensors_in((call.args, call.kwargs)) if t.dim()), None)
-    if first is None:
+    size = batch_size(calls)
+    if size is None:
         return None
-    size = first.shape[0]
     return [call.map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == size else t) for call in calls]
+
+
+def batch_size(calls: Sequence[Call]) -> int | None:
+    """Return the first size of the first tensor that has one."""
+    found = (t.shape[0] for call in calls for t in tensors_in((call.args, call.kwargs)) if t.dim())
+    return next(found, None)
 
 
 def captured(module: nn.Module, paths: Sequence[str], calls: Sequence[Call]) -> dict[str, Call]:

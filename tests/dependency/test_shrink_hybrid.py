@@ -208,3 +208,36 @@ def test_a_module_that_blocks_itself_runs_as_one_graph(tmp_path):
     assert torch.equal(load_shrunk(lambda: Whole().double(), tmp_path / "small.safetensors")(x), small(x))
     plan = report.plan
     assert torch.equal(plan.narrow("qkv.weight", module.qkv.weight.detach()), small.qkv.weight)
+
+
+def test_a_batch_of_one_leaves_the_batch_free():
+    torch.manual_seed(0)
+    module, x = blocks(), torch.randn(1, 5, 16)
+    small = shrink(module, x, {"blocks.0.qkv": torch.tensor([True, False, True, False])})
+    assert report_of(small).routes == {"blocks.0.qkv": "hybrid"}
+    one, three = torch.randn(1, 5, 16), torch.randn(3, 5, 16)
+    for y in (one, three):
+        assert torch.allclose(small(y), torch.cat([small(row[None]) for row in y]), atol=1e-6)
+
+
+def test_sizes_and_numbers_that_a_graph_holds_are_checked():
+    class Sized(nn.Module):
+        """Takes its heads as an argument and reads a fixed length."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o, self.place = nn.Linear(16, 48), nn.Linear(16, 16), nn.Parameter(torch.randn(5, 16))
+
+        def forward(self, x: Tensor, heads: int) -> Tensor:
+            batch, length, width = x.shape
+            q, k, v = self.qkv(x + self.place).reshape(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+            return self.o(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width))
+
+    module, x = Net(lambda net, x: net.b(x, 4), b=Sized()), torch.randn(2, 5, 16)
+    small: Any = shrink(module, x, {"b.qkv": torch.tensor([True, False, True, False])})
+    assert report_of(small).refused == {}
+    assert small(torch.randn(3, 5, 16)).shape == (3, 5, 16)
+    with pytest.raises(ValueError, match=r"the sizes it was traced with, \['any', 5, 16\], got \[2, 1, 16\]"):
+        small(torch.randn(2, 1, 16))
+    with pytest.raises(ValueError, match="the sizes it was traced with, 4, got 2"):
+        small.b(x, 2)
