@@ -1,7 +1,7 @@
 """ChipNet beside random and magnitude channels at equal FLOPs and equal fine-tuning, on MNIST and Fashion-MNIST.
 
 `pytest -m benchmark -s tests/benchmarks/test_chipnet_table.py` (needs LIGHTNING_PRUNE_DATA); with LIGHTNING_PRUNE_ROWS set
-to a file, rows are kept there and a second run goes on where the first was stopped.
+to a file, rows are kept there and a second run goes on where the first was stopped. LIGHTNING_PRUNE_BLOCKS=3: ResNet-20.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_prune import ChipNet, Magnitude, MaskManager, RandomPruning, chan
 from lightning_prune.cost import CostModel
 from lightning_prune.recipes.classifier import LitClassifier
 from lightning_prune.recipes.data import MNIST, FashionMNIST
-from lightning_prune.recipes.residual import resnet20
+from lightning_prune.recipes.residual import ResNet
 from lightning_prune.shrink import removable_units
 
 FOLDER = Path(os.environ.get("LIGHTNING_PRUNE_DATA", ""))
@@ -40,7 +40,8 @@ pytestmark = [
 ]
 DATA: dict[str, Callable[..., Any]] = {"MNIST": MNIST, "Fashion-MNIST": FashionMNIST}
 SEEDS, BUDGETS = (0, 1, 2), (0.5, 0.25, 0.1)
-SAMPLES, BATCH, DENSE, SOFT, TUNE, TEST = 8192, 32, 400, 250, 100, 4000
+SAMPLES, BATCH, DENSE, SOFT, TUNE, TEST = 8192, 32, 400, 300, 100, 4000
+BLOCKS = int(os.environ.get("LIGHTNING_PRUNE_BLOCKS", "1"))  # in each of three stages: 1 is ResNet-8, 3 is ResNet-20
 METHODS = ("ChipNet", "random", "magnitude")
 
 
@@ -57,8 +58,8 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 def network() -> nn.Module:
-    """ResNet-20 of width 8 on pictures of 14 x 14."""
-    return nn.Sequential(nn.AvgPool2d(2), resnet20(in_channels=1, width=8))
+    """A residual network of width 8 on pictures of 14 x 14."""
+    return nn.Sequential(nn.AvgPool2d(2), ResNet(BLOCKS, in_channels=1, num_classes=10, width=8, shortcut="A"))
 
 
 class Bench:
