@@ -115,7 +115,8 @@ class _Route:
         except Exception as failure:  # export, analysis and rewriting may fail in any way
             why = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
         if why:
-            self.found.refused.update({group.name: why for group in groups})
+            eager = self.outcome.refused
+            self.found.refused.update({g.name: f"{eager[g.name]}; as one graph: {why}" for g in groups})
             return
         self.found.recipes[""] = recipe
         self.found.accepted += groups
