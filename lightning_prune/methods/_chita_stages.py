@@ -286,21 +286,25 @@ class _Solver:
 
     def best(self, loss: Loss, before: Callable[[], float], step: float) -> _Candidate:
         """The candidate with the lowest loss; ten times the largest ridge as well where it rose beyond the model."""
-        ridges = self.settings.ridges
-        best: _Candidate | None = None
-        for _ in range(1 + _LARGER):
-            for candidate in self.candidates(ridges):
-                value = loss(candidate.weights)
-                if best is None or value < best.loss or math.isnan(best.loss):
-                    best = replace(candidate, loss=value)
-            assert best is not None
-            best = replace(best, expected=self.expected_rise(best.weights, step))
-            if len(self.settings.ridges) == 1 or best.ridge < ridges[-1]:
-                break  # the user's own ridge, or a smaller one does better
-            if not best.loss - before() > _BEYOND * max(best.expected, 0.0):
+        ridges, own = self.settings.ridges, len(self.settings.ridges) == 1
+        best = self.lowest(loss, ridges, step)
+        for _ in range(0 if own else _LARGER):
+            if best.ridge < ridges[-1] or not best.loss - before() > _BEYOND * max(best.expected, 0.0):
                 break
             ridges = (10 * ridges[-1],)
+            other = self.lowest(loss, ridges, step)
+            best = other if other.loss < best.loss else best
         return best
+
+    def lowest(self, loss: Loss, ridges: Sequence[float], step: float) -> _Candidate:
+        """The candidate with the lowest loss over some ridges; a loss that is not finite is the highest."""
+        best: _Candidate | None = None
+        for one in self.candidates(ridges):
+            value = loss(one.weights)
+            if best is None or value < best.loss or not math.isfinite(best.loss):
+                best = replace(one, loss=value)
+        assert best is not None
+        return replace(best, expected=self.expected_rise(best.weights, step))
 
     def candidates(self, ridges: Sequence[float]) -> Iterator[_Candidate]:
         """The solution is affine in the first-order term: two solves give every share."""
