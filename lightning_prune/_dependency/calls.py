@@ -59,6 +59,10 @@ def copy_of(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             if parameter.grad is not None:
                 memo[id(parameter.grad)] = None
+        for child in module.modules():  # a metric keeps its last value with its graph, which deepcopy refuses
+            for value in child.__dict__.values():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    memo[id(value)] = value.detach().clone()
         try:
             return copy.deepcopy(module, memo)
         except Exception as error:

@@ -373,3 +373,11 @@ def test_grouped_queries_keep_their_query_heads_together():
     (group,) = channel_groups(attention(4, 2), (torch.randn(2, 5, 16),))
     assert group.slices["q.weight", 0].tolist() == [list(range(8)), list(range(8, 16))]
     assert group.slices["k.weight", 0].tolist() == [list(range(4)), list(range(4, 8))]
+
+
+def test_a_module_that_holds_a_result_with_its_graph_is_traced() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    module.last = module(torch.randn(3, 4)).sum()  # as a metric keeps its value after a training step
+    groups = channel_groups(module, torch.randn(2, 4))
+    assert [len(group) for group in groups] == [6]
+    assert module.last.grad_fn is not None
