@@ -70,8 +70,12 @@ def _draw(figure: Figure, cells: Sequence[Cell]) -> None:
     axes_of = figure.subplots(2, 2).flatten()
     for axes, (title, quantity) in zip(axes_of, PANELS, strict=True):
         for label, members in lines.items():
-            _line(axes, points(members, quantity), label, styles[label])
+            loose = {"linestyle": "none"} if quantity is milliseconds_of else {}  # times are too noisy for a line
+            _line(axes, points(members, quantity), label, {**styles[label], **loose})
         _dense(axes, cells)
+        axes.set_ylim(*_limits(cells))
+        if quantity is PANELS[0][1]:
+            _stretch(axes, points([cell for held in lines.values() for cell in held], quantity))
         axes.set_xlabel(title, color=_INK)
         axes.set_ylabel("test accuracy, percent", color=_INK)
         axes.grid(color="#e9ecef", linewidth=0.8)
@@ -81,6 +85,29 @@ def _draw(figure: Figure, cells: Sequence[Cell]) -> None:
     figure.legend(handles, labels, loc="lower center", ncol=min(4, max(1, len(labels))), frameon=False)
     rows = -(-max(1, len(labels)) // 4)
     figure.tight_layout(rect=(0, 0.03 + 0.028 * rows, 1, 0.98))
+
+
+def _limits(cells: Sequence[Cell]) -> tuple[float, float]:
+    """The part of the accuracies where methods are: a control that collapses leaves the picture instead of squeezing it."""
+    own = [cell for cell in cells if not cell.runs[0].is_control] or list(cells)
+    values = [100 * value for cell in own for value in cell.values(accuracy_of).values()]
+    values += [100 * run.accuracy_dense for cell in cells for run in cell.runs if run.accuracy_dense is not None]
+    low, high = (min(values), max(values)) if values else (0.0, 100.0)
+    room = max(0.5, 0.5 * (high - low))
+    return max(0.0, low - room), high + 0.3 * room
+
+
+def _stretch(axes: Axes, held: Sequence[tuple[float, float, float]]) -> None:
+    """Show sparsity by the logarithm of what is kept: 0.9, 0.99 and 0.999 are equally far apart."""
+    import numpy as np
+
+    def forward(sparsity: Any) -> Any:
+        return -np.log10(np.clip(1 - np.asarray(sparsity, dtype=float), 1e-6, None))
+
+    axes.set_xscale("function", functions=(forward, lambda value: 1 - 10.0 ** -np.asarray(value, dtype=float)))
+    ticks = sorted({round(cost, 3) for cost, _, _ in held})
+    if 0 < len(ticks) <= 12:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _line(axes: Axes, held: Sequence[tuple[float, float, float]], label: str, style: dict[str, Any]) -> None:
