@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import shlex
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune._dependency.calls import copy_of
 from lightning_prune.callback import PruningCallback
 from lightning_prune.masks import DTensor, MaskManager
 from lightning_prune.measure import (
@@ -112,7 +112,7 @@ def cost_receipt(
 
 def dense_twin(module: nn.Module) -> nn.Module:
     """Return a copy whose pruned weights hold numbers again: what the module cost before pruning, for timing only."""
-    twin = copy.deepcopy(module)
+    twin = copy_of(module)
     masks = MaskManager.of(module).masks
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
