@@ -52,6 +52,7 @@ METHODS: dict[str, Callable[[float, int], Any]] = {
         s, seed=seed, stages=1, refits=0, num_grads=1000, measure=False
     ),
     "CHITA, `stages=1`": lambda s, seed: CHITA(s, seed=seed, stages=1, measure=False),
+    "CHITA, `refits=400`": lambda s, seed: CHITA(s, seed=seed, refits=400, measure=False),
     "CHITA": lambda s, seed: CHITA(s, seed=seed, measure=False),
     "CHITA, `stages=15, refits=4000`": lambda s, seed: CHITA(s, seed=seed, stages=15, refits=4000, measure=False),
 }
