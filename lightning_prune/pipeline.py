@@ -32,6 +32,8 @@ from lightning_prune.shrink import FORMAT as SHRUNK
 from lightning_prune.shrink import load_shrunk, save_shrunk
 from lightning_prune.smaller import Smaller, smaller_copy
 
+DENSE_NOTES = "_lightning_prune_notes"  # attribute of a module: sentences about it from before it was pruned
+
 
 class AfterPruning(Callback):
     """Keep the weights as they were right after the last pruning event, before fine-tuning repaired them.
@@ -249,6 +251,7 @@ def _write_results(
     )
     receipt.accuracy.update(accuracy)
     receipt.seed = int(cfg.seed)
+    receipt.notes += getattr(model, DENSE_NOTES, [])
     if pruners:
         MaskManager.of(model).save(folder / "masks.safetensors")
     if smaller.module is None:
