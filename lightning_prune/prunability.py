@@ -244,9 +244,12 @@ class Prunability(Callback):
         }
         self.result = _measured(objective, self.samples, self.include, self.exclude, settings)
         rank_zero_info(self.result.sentence())
+        pruned = any(pruner.events for pruner in pruners_of(trainer))
+        if not pruned:  # the command's receipt is written later, about another fit of this module
+            pl_module.__dict__["_lightning_prune_notes"] = [f"Before pruning: {self.result.sentence()}"]
         log_event(trainer, {"prune/prunability": self.result.value})
         if trainer.is_global_zero:
-            suffix = "_pruned" if any(pruner.events for pruner in pruners_of(trainer)) else ""
+            suffix = "_pruned" if pruned else ""
             with replacing(Path(trainer.default_root_dir) / f"prunability{suffix}.json") as temporary:
                 temporary.write_text(json.dumps(self.result.to_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -191,3 +191,21 @@ def test_the_callback_leaves_training_bitwise_unchanged(tiny_class: Any, dataset
 def test_the_callback_refuses_wrong_arguments(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must be"):
         Prunability(**settings)
+
+
+def test_the_receipt_of_a_dense_run_tells_its_prunability(tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_module
+
+    from lightning_prune import Receipt, pipeline
+
+    quick = [
+        "data.subset=100", "dense.max_epochs=1", "trainer.accelerator=cpu", "measure.seconds=0.05", "pruning=none",
+        "trainer.enable_progress_bar=false", "callbacks.progress=null", "callbacks=analysis", "callbacks.sensitivity=null",
+    ]  # fmt: skip
+    with initialize_config_module("lightning_prune.conf", version_base="1.3"):
+        cfg = compose("prune", overrides=quick)
+    cfg.trainer.default_root_dir = cfg.callbacks.checkpoint.dirpath = str(tmp_path)
+    pipeline.run(cfg, tmp_path)
+    notes = Receipt.load(tmp_path / "receipt.json").notes
+    value = json.loads((tmp_path / "prunability.json").read_text())["value"]
+    assert [note for note in notes if note.startswith(f"Before pruning: Prunability {value:.4g}")]
