@@ -82,7 +82,7 @@ class _Route:
         drafts, kinds = self._drafts(members, calls)
         for path, groups in members.items():
             why = self.found.refused.get(groups[0].name) or self.failed.get(kinds.get(path), "")
-            if not why and time.monotonic() > self.search.deadline:
+            if not why and time.thread_time() > self.search.deadline:
                 why = "the time limit was spent"
             if not why:
                 new = {kinds[other] for other in drafts if other not in recipes}
@@ -98,7 +98,7 @@ class _Route:
         """Try the module itself as one graph, for refused groups that no sub-module holds."""
         groups = [g for g in self.search.wanted if g.name in self.outcome.refused and not self.search._scopes[g.name]]
         calls = self.search.probe.calls
-        late = time.monotonic() > self.search.deadline
+        late = time.thread_time() > self.search.deadline
         if not groups or late or len(calls) != 1 or calls[0].path:
             return
         for copy in (self.base, self.real):
@@ -179,12 +179,12 @@ class _Route:
     def _make(self, path: str, recipe: Recipe, kinds: int) -> None:
         """Make the graphs in the real precision; where time would not do for all kinds, sizes but the batch are fixed."""
         known = self.made.get(recipe["share"])
-        left = self.search.deadline - time.monotonic()
+        left = self.search.deadline - time.thread_time()
         recipe["free"] = known or ("all" if kinds * self.slowest < left else "batch")
-        started = time.monotonic()
+        started = time.thread_time()
         self._export(path, recipe)
         if known is None and recipe["free"] == "all":
-            self.slowest = max(self.slowest, time.monotonic() - started)
+            self.slowest = max(self.slowest, time.thread_time() - started)
         self.made[recipe["share"]] = recipe["free"]
 
     def _export(self, path: str, recipe: Recipe) -> None:
@@ -239,7 +239,7 @@ class _Route:
             return
         taken: dict[str, Recipe] = {}
         for path, recipe in recipes.items():
-            late = time.monotonic() > self.search.deadline
+            late = time.thread_time() > self.search.deadline
             why = "the time limit was spent" if late else self._fault({**taken, path: recipe}, members)
             if why:
                 self.found.refused.update({group.name: why for group in members[path]})

@@ -66,7 +66,7 @@ class Search:
         removed: indices of removed units by group name.
         reach: where each of `groups` runs through.
         probe: the module to verify on.
-        deadline: `time.monotonic()` after which no new trial starts.
+        deadline: `time.thread_time()` after which no new trial starts.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Search:
         for kind, members in self.kinds.items():
             first = members[0]
             for policy in self._policies(first):
-                if time.monotonic() > self.deadline:
+                if time.thread_time() > self.deadline:
                     self._refuse(members, "the time limit was spent")
                     break
                 if self._try([first], {kind: policy}, self._scopes[first.name]):
@@ -182,7 +182,7 @@ class Search:
             names = self._names(first)
             kept = frozenset(names) if policy is _ALL else policy
             for candidate in (_NONE, *(frozenset({name}) for name in names)):
-                if candidate == kept or len(kept) == 0 or time.monotonic() > self.deadline:
+                if candidate == kept or len(kept) == 0 or time.thread_time() > self.deadline:
                     break
                 smaller = candidate if candidate == _NONE else kept - candidate
                 if self._try([first], {kind: smaller}, self._scopes[first.name]):
@@ -196,7 +196,7 @@ class Search:
         """Add as many candidates as agree together; halve those that do not."""
         if not candidates:
             return accepted
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             self._refuse(candidates, "the time limit was spent")
             return accepted
         if self._try([*accepted, *candidates], policies, strict=True):

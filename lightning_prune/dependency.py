@@ -124,7 +124,7 @@ def channel_groups(
         example_kwargs: further named arguments of forward.
         extra_inputs: further examples (other code paths); constraints of all examples add up.
         exclude: names or patterns of parameters or modules none of whose dims may change.
-        time_limit: seconds after which no further choice of unit axes is tried, > 0.
+        time_limit: seconds of this thread's processor time after which no further choice of unit axes is tried, > 0.
         train_mode: trace train mode too; without it a module that is only ever run in eval mode may offer more.
     Returns:
         The groups, possibly none, with a report of what may not be removed and why.

@@ -116,7 +116,8 @@ def shrink(
         example_kwargs: further named arguments of forward.
         extra_inputs: further examples; the cut must agree on all.
         round_to: keep further masked units until kept units x positions per unit is a multiple of this (8 or 16), >= 1.
-        time_limit: seconds after which no new trial starts; what is verified by then is cut, > 0.
+        time_limit: seconds of this thread's processor time (a busy machine changes nothing) after which no new trial
+            starts; what is verified by then is cut, > 0.
         routes: ways to try in this order: "eager" cuts the module itself, "hybrid" also replaces sub-modules whose code
             cannot follow by their own shrunk graph.
     Returns:
@@ -132,7 +133,7 @@ def shrink(
     removed = _removed(module, groups, units, round_to)
     report = ShrinkReport(frozen=dict(groups.report.frozen), notes=list(groups.report.notes))
     if removed:
-        small = _verified(module, groups, removed, report, started + time_limit, routes)
+        small = _verified(module, groups, removed, report, time.thread_time() + time_limit, routes)
     else:
         small = copy_of(module)
         report.notes.append("No unit was masked, so nothing was cut.")

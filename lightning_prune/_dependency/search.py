@@ -41,13 +41,13 @@ def analyse(graphs: Sequence[Graph], module: nn.Module, pinned: Sequence[str] = 
         graphs: traced calls of `module`; constraints of all add up.
         module: what was traced, with the same parameter names.
         pinned: parameters none of whose dims may change.
-        time_limit: no new flip starts after this many seconds.
+        time_limit: no new flip starts after this many seconds of this thread's processor time.
     """
-    start = time.monotonic()
+    start = time.thread_time()
     best = _repaired(graphs, module, pinned, {})
-    once = time.monotonic() - start
+    once = time.thread_time() - start
     tried: set[tuple[Any, int]] = set()
-    while len(tried) < _FLIPS and time.monotonic() - start + once < time_limit:
+    while len(tried) < _FLIPS and time.thread_time() - start + once < time_limit:
         flip = _next_flip(best.walk.decisions, tried)
         if flip is None:
             break
