@@ -135,7 +135,11 @@ class Quadratic:
         vector = vector.T.contiguous() if vector.dim() == 2 else vector
         if self.rows.dtype == self.dtype:
             return (vector @ self.rows).T if vector.dim() == 2 else vector @ self.rows
-        image = torch.cat([vector @ part for _, part in self.column_chunks()], dim=-1)
+        image = vector.new_empty(
+            *vector.shape[:-1], self.p
+        )  # a list of parts would keep the allocator from reusing copies
+        for begin, part in self.column_chunks():
+            image[..., begin : begin + part.shape[1]] = vector @ part
         return image.T if vector.dim() == 2 else image
 
     def among(self, alive: Tensor) -> Quadratic:
@@ -187,8 +191,12 @@ def _check_rows(rows: Tensor) -> None:
 
 def squared_row_norms(rows: Tensor) -> Tensor:
     """Return |a_i|^2 of every row in float64, shape (n,), for A of shape (n, p)."""
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double().square()
+    if rows.dtype != torch.bfloat16:
+        return torch.linalg.vector_norm(rows, dim=1).double().square()
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
+    for part in rows.split(max(1, _CPU_CHUNK // rows.shape[0]), dim=1):  # the whole in float32 would be a second matrix
+        total += part.float().square().sum(1)
+    return total
 
 
 def relative_ridge(rows: Tensor, factor: float) -> float:
