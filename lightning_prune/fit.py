@@ -116,10 +116,20 @@ def same_on_all_ranks(proposal: Proposal, device: torch.device) -> Proposal:
     if _ranks() == 1:
         return proposal
     masks = {name: _from_first_rank(mask.to(device, torch.uint8)).bool() for name, mask in proposal.masks.items()}
-    weights = None
-    if proposal.weights is not None:
-        weights = {name: _from_first_rank(weight.to(device)) for name, weight in proposal.weights.items()}
-    return Proposal(masks, weights, proposal.notes, proposal.certificate)
+    # a repair judges by a rank's own data, so that ranks may differ in which weights they propose
+    given = None if proposal.weights is None else {name: value.dtype for name, value in proposal.weights.items()}
+    said: list[Any] = [given, proposal.notes, proposal.certificate, proposal.repairs]
+    torch.distributed.broadcast_object_list(said, src=0, device=device)
+    if said[0] is None:
+        return Proposal(masks, None, *said[1:])
+    own = proposal.weights or {}
+    weights = {
+        name: _from_first_rank(
+            own[name].to(device) if name in own else torch.zeros(masks[name].shape, dtype=dtype, device=device)
+        )
+        for name, dtype in said[0].items()
+    }
+    return Proposal(masks, weights, *said[1:])
 
 
 def _from_first_rank(tensor: Tensor) -> Tensor:

@@ -85,6 +85,25 @@ def test_scores_that_depend_on_the_rank_give_one_mask(tmp_path: Path) -> None:
     assert same(without_norm(one["weights"]), without_norm(two["weights"]))
 
 
+class RankRepairs(Magnitude):
+    """New values for other tensors on each rank, as a repair gives that judges by a rank's own data."""
+
+    def propose(self, context: Context) -> Proposal:
+        proposal = super().propose(context)
+        rank = torch.distributed.get_rank()
+        names = list(proposal.masks)[: 1 + rank]
+        proposal.weights = {name: context.weights[name] * (2.0 + rank) for name in names}
+        proposal.repairs.append(f"{len(names)} repaired")
+        return proposal
+
+
+def test_repairs_that_differ_between_ranks_are_those_of_the_first(tmp_path: Path) -> None:
+    callback = RankRepairs(0.5, measure=False)
+    one, two = ddp(tmp_path, callback)
+    assert same(one["masks"], two["masks"])
+    assert same(without_norm(one["weights"]), without_norm(two["weights"]))
+
+
 def test_without_the_broadcast_ranks_diverge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test above."""
     monkeypatch.setattr(lightning_prune.callback, "same_on_all_ranks", lambda proposal, device: proposal)
