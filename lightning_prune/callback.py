@@ -112,6 +112,11 @@ class PruningCallback(Callback):
         """What the receipt says was asked: {"sparsity"}, or {"budget", "budget_type"} of what may remain."""
         return {"sparsity": self.final_target}
 
+    @property
+    def removes_channels(self) -> bool:
+        """Whether whole channels go, so that the receipt is about a smaller module."""
+        return "budget_type" in self.requested
+
     @abstractmethod
     def due(self, position: Position) -> float | None:
         """Return the target to prune to now, or None. Asked at the start, after every epoch and every batch."""
@@ -163,9 +168,8 @@ class PruningCallback(Callback):
         if trainer.state.fn != "fit":
             return
         ours = {callback.state_key for callback in trainer.callbacks if isinstance(callback, PruningCallback)}
-        held = {key for key in checkpoint.get("callbacks", {}) if str(key).startswith("lightning_prune.")} - {
-            RNG_STATE_KEY
-        }
+        held = {key for key in checkpoint.get("callbacks", {}) if str(key).startswith("lightning_prune.")}
+        held.discard(RNG_STATE_KEY)
         if not held:  # a dense checkpoint: what this module and this callback have been through since is undone
             fitting = self._fitting
             self.reset()
@@ -241,8 +245,7 @@ class PruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        late = self.due(position_of(trainer, pl_module, over=True))
-        if late is not None:
+        if self.due(position_of(trainer, pl_module, over=True)) is not None:
             rank_zero_warn(
                 f"{self.method}: training ended before its last planned step; pruning now. Metrics logged and checkpoints "
                 "written so far are those of the network before."

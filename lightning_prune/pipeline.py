@@ -242,7 +242,7 @@ def _write_results(
         return
     example = _example(model, data, int(cfg.measure.batch_size))
     smaller = Smaller()
-    if example is not None and any("budget_type" in pruner.requested for pruner in pruners):
+    if example is not None and any(pruner.removes_channels for pruner in pruners):
         smaller = smaller_copy(model, example)
     receipt = (
         fit_receipt(pruners[-1], model, example, max_seconds=cfg.measure.seconds, smaller=smaller)

@@ -67,7 +67,7 @@ def fit_receipt(
     """
     if smaller is None:
         smaller = Smaller()
-        if example is not None and "budget_type" in method.requested:
+        if example is not None and method.removes_channels:
             smaller = smaller_copy(module, _on_device(example, module))
     receipt = cost_receipt(module, example, max_seconds, smaller)
     if smaller.module is not None and "budget_type" in method.requested:

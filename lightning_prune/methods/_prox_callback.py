@@ -63,6 +63,12 @@ class ProximalCallback(PruningCallback):
             raise ValueError(f"`begin` must lie before `end`, got {begin} and {end}.")
         self._ramp = Ramp(self.begin, self.end, 1)
 
+    @property
+    @override
+    def removes_channels(self) -> bool:
+        """True unless single weights are penalized."""
+        return bool(getattr(self, "structured", True))
+
     @override
     def reset(self) -> None:
         super().reset()

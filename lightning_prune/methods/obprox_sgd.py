@@ -52,6 +52,7 @@ class OBProxSGD(ProximalCallback):
     """
 
     method: ClassVar[str] = "obprox_sgd"
+    structured: ClassVar[bool] = False
     needs_step_scale = True
 
     def __init__(
