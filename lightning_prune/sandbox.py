@@ -121,9 +121,12 @@ def _refill(value: Any, content: Any) -> None:
     """Put the old content back into a container, which others may hold too."""
     if isinstance(value, list):
         value[:] = content
-    elif isinstance(value, _CONTAINERS):
+    elif isinstance(value, deque):
         value.clear()
-        value.extend(content) if isinstance(value, deque) else value.update(content)
+        value.extend(content)
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(content)
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def block_bounds(sizes: Sequence[int], block_size: int) -> list[tuple[int, int]]
         raise ValueError(f"`block_size` must be >= 1 weight, got {block_size}. A few hundred is usual.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"`sizes` must be >= 1 each, got {list(sizes)}. Leave out empty tensors.")
-    bounds, begin = [], 0
+    bounds: list[tuple[int, int]] = []
+    begin = 0
     for size in sizes:
         count = max(1, size // block_size)
         cuts = [begin + i * (size // count) for i in range(count)] + [begin + size]

@@ -76,10 +76,9 @@ def metric_of(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[
     if isinstance(optimizer, RMSprop):
         moments = [state["square_avg"] for state in states]
         if group["centered"]:
-            moments = torch._foreach_addcmul(
-                moments, [s["grad_avg"] for s in states], [s["grad_avg"] for s in states], -1.0
-            )
-        roots = torch._foreach_sqrt(list(moments))
+            averages = [state["grad_avg"] for state in states]
+            moments = list(torch._foreach_addcmul(moments, averages, averages, -1.0))
+        roots = torch._foreach_sqrt(moments)
     else:
         key = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
         corrections = torch._foreach_pow(float(group["betas"][1]), [state["step"].double() for state in states])

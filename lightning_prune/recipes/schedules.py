@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -114,7 +115,7 @@ def restarting_cosine(
             f"`restarts` * `interval_fraction` must leave a part of the fit, got {restarts} intervals of {interval} of "
             f"{total_steps} steps. Lower one of them."
         )
-    arguments = {
+    arguments: dict[str, Any] = {
         "restarts": restarts, "interval": interval, "final_factor": final_factor, "warmup_steps": warmup_steps,
     }  # fmt: skip
     return LambdaLR(optimizer, functools.partial(restarting_factor, total_steps=total_steps, **arguments))
