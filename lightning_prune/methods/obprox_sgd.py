@@ -57,7 +57,7 @@ class OBProxSGD(ProximalCallback):
 
     def __init__(
         self,
-        penalty: float | str,
+        penalty: float | str = "auto",
         prox_steps: int | float = 0.1,
         orthant_steps: int | float | None = None,
         begin: int | float = 0.0,

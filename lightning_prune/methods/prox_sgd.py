@@ -63,7 +63,7 @@ class ProxSGD(ProximalCallback):
 
     def __init__(
         self,
-        penalty: float | str,
+        penalty: float | str = "auto",
         structured: bool = False,
         begin: int | float = 0.0,
         end: int | float = 0.5,

@@ -49,7 +49,12 @@ class Spec:
     @property
     def counts_weights(self) -> bool:
         """Whether `sparsity` is a fraction of single weights (not of channels)."""
-        return "sparsity" in self.arguments and getattr(self.kind, "counts", "weights") == "weights"
+        return "sparsity" in self.arguments and not self.removes_channels
+
+    @property
+    def removes_channels(self) -> bool:
+        """Whether it removes whole channels as its YAML sets it."""
+        return self.build().removes_channels
 
     def needs_weight_counts(self) -> None:
         if not self.counts_weights:

@@ -201,7 +201,7 @@ def test_compiled_layers_train_as_eager_ones_do(spec: Spec, kind: type[Toy]) -> 
     fit(module, spec.build(), watch)
     fit(eager, spec.build())
     assert {"conv.weight", "hidden.weight", "head.weight"} <= set(masks_of(module))
-    assert "sparsity" not in spec.arguments or len(masks_of(module)) == 3
+    assert not spec.counts_weights or len(masks_of(module)) == 3
     assert same(masks_of(module), masks_of(eager))
     assert same(list(weights_of(module).values()), list(weights_of(eager).values()))
     assert watch.found == []
