@@ -37,7 +37,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_prune import GradualMagnitude, Magnitude, MaskManager, RandomPruning, RNGState
 
-pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*use of fork")]
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:.*use of fork"),
+    pytest.mark.filterwarnings("ignore:.* left no weight in"),  # a penalty on a toy
+]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork (POSIX)")
 
 EPOCHS = 3
