@@ -36,18 +36,27 @@ pytestmark = [
     pytest.mark.skipif(not (FOLDER / "fashion_mnist").is_dir(), reason="needs Fashion-MNIST in LIGHTNING_PRUNE_DATA"),
 ]
 DENSE_STEPS, SEED = 80, 0
-ONE_STAGE: dict[str, Any] = {"stages": 1, "num_grads": 500, "grad_batch": 1, "refits": 0, "ridge": 1e-4}
+ONE_STAGE: dict[str, Any] = {"stages": 1, "num_grads": 500, "grad_batch": 1, "refits": 0}
+FEW: dict[str, Any] = {"grad_batch": 1, "refit_samples": 64}
 METHODS: dict[str, Any] = {
-    "magnitude": lambda s: Magnitude(s, refit_bn=True, measure=False),
-    "CHITA, one stage of 500 x 1, `bso`": lambda s: CHITA(s, measure=False, **ONE_STAGE),
-    "CHITA, one stage of 500 x 1, `iht`": lambda s: CHITA(s, algorithm="iht", measure=False, **ONE_STAGE),
-    "CHITA, one stage of 64 x 4, 10 refits": lambda s: CHITA(
-        s, stages=1, num_grads=64, grad_batch=4, refits=10, refit_samples=64, ridge=1e-4, measure=False
+    "magnitude": lambda s: Magnitude(s, refit_bn=True, refit_bn_batches=8, measure=False),
+    "one stage of 500 x 1, no refits": lambda s: chita(s, **ONE_STAGE),
+    "one stage of 500 x 1, no refits, `iht`": lambda s: chita(s, algorithm="iht", **ONE_STAGE),
+    "one stage of 64 x 1, no refits": lambda s: chita(s, stages=1, num_grads=64, refits=0, grad_batch=1),
+    "one stage of 32 x 1, 3 refits": lambda s: chita(
+        s, 4, stages=1, num_grads=32, refits=3, grad_batch=1, refit_samples=32
     ),
-    "CHITA, 3 stages of 64 x 4, 60 refits": lambda s: CHITA(
-        s, stages=3, num_grads=64, grad_batch=4, refits=60, refit_samples=64, ridge=1e-4, measure=False
+    "one stage of 64 x 1, 10 refits": lambda s: chita(s, 10, stages=1, num_grads=64, refits=10, **FEW),
+    "2 stages of 32 x 1, 24 refits": lambda s: chita(s, 6, stages=2, num_grads=32, refits=24, **FEW),
+    "15 stages of 200 x 8, no refits": lambda s: chita(
+        s, stages=15, num_grads=200, grad_batch=8, refits=0, schedule="exp"
     ),
 }
+
+
+def chita(sparsity: float, statistics: int = 8, **arguments: Any) -> CHITA:
+    """CHITA with one ridge, and BatchNorm statistics from so many batches."""
+    return CHITA(sparsity, ridge=1e-4, refit_bn_batches=statistics, measure=False, **arguments)
 
 
 def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
