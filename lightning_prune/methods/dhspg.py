@@ -47,7 +47,6 @@ class DHSPG(ProximalCallback):
     """
 
     method: ClassVar[str] = "dhspg"
-    counts: ClassVar[str] = "channels"
 
     def __init__(
         self,

@@ -46,7 +46,6 @@ class HESSO(ProximalCallback):
     """
 
     method: ClassVar[str] = "hesso"
-    counts: ClassVar[str] = "channels"
 
     def __init__(
         self,

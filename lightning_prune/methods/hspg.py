@@ -71,7 +71,6 @@ class HSPG(ProximalCallback):
     """
 
     method: ClassVar[str] = "hspg"
-    counts: ClassVar[str] = "channels"
 
     def __init__(
         self,

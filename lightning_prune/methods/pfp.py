@@ -173,6 +173,12 @@ class ProvableFilterPruning(PruningAtMoments):
         return {"budget": self.budget, "budget_type": self.budget_type}
 
     @property
+    @override
+    def removes_channels(self) -> bool:
+        """Always, also where an epsilon was asked for and no budget."""
+        return True
+
+    @property
     def certificate(self) -> Certificate | None:
         """The certificate of the last event, stale if the module's weights have moved since."""
         values = self.history[-1]["certificate"] if self.history else None

@@ -250,6 +250,14 @@ def test_the_receipt_holds_it(tmp_path: Any) -> None:
     assert any(note.startswith("Certificate: ") for note in receipt.notes)
 
 
+def test_the_receipt_of_an_epsilon_counts_the_smaller_module() -> None:
+    data = list(batches())
+    receipt = prune(chain(), ProvableFilterPruning(epsilon=20.0, **SMALL), data, entropy, example_input=data[0][0])
+    assert receipt.requested == {"epsilon": 20.0}
+    assert receipt.reached["channels"]["pruned"] < receipt.reached["channels"]["dense"]
+    assert receipt.reached["flops"]["pruned"] < receipt.reached["flops"]["dense"]
+
+
 def test_it_goes_stale_as_soon_as_a_weight_moves() -> None:
     module: Any = chain()
     method = ProvableFilterPruning(0.5, **SMALL)
