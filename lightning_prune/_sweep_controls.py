@@ -1,8 +1,12 @@
 """The controls beside every job of a sweep: what its result has to beat.
 
-`shuffled`: the same job with as many weights (or channels) kept in every layer, at random. `magnitude`: for a method that
-removes channels, those of smallest norm under the same budget. `dense`: for such a method, its smaller network trained
-from scratch for as many epochs, dense at equal FLOPs.
+`shuffled`: the same job with as many weights (or channels) kept in every layer, at random. `magnitude`: the smallest weights
+at the same sparsity, or for a method that removes channels those of smallest norm under the same budget. `random`: weights
+at random, the same fraction of every layer. `dense`: for a method that removes channels, its smaller network trained from
+scratch for as many epochs, dense at equal FLOPs.
+
+Magnitude and random pruning at a sparsity do not depend on the method that they control: all jobs with the same target,
+seed and moment share one run of each, and where the sweep runs these methods itself, there is none.
 
 Frankle et al., "Pruning neural networks at initialization: why are we missing the mark?", ICLR 2021, section 4, and
 Su et al., "Sanity-checking pruning methods: random tickets can win the jackpot", NeurIPS 2020. A mask permuted inside
@@ -12,7 +16,8 @@ is the control of Liu et al., "Rethinking the value of network pruning", ICLR 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +27,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune._sweep_knob import pruner_of
+from lightning_prune.callback import PruningCallback
 from lightning_prune.channels import Channels
 from lightning_prune.checks import check_bool, check_choice
 from lightning_prune.context import Context, Proposal
@@ -32,7 +39,11 @@ from lightning_prune.selection import count_kept, shuffle_within_layer
 from lightning_prune.shrink import FORMAT as SHRUNK
 from lightning_prune.shrink import load_shrunk
 
-CONTROLS = ("shuffled", "magnitude", "dense")
+CONTROLS = ("shuffled", "magnitude", "random", "dense")
+_BASELINES = {
+    "magnitude": "lightning_prune.methods.magnitude.Magnitude",
+    "random": "lightning_prune.methods.random.RandomPruning",
+}
 _UNCONTROLLED = ("none", "random", "shuffled")  # random masks are controls themselves
 _SHARED = ("include", "exclude", "refit_bn", "refit_bn_batches")
 
@@ -66,7 +77,8 @@ class ShuffledMasks(OneShotPruning):
         **common: Any,
     ) -> None:
         kept, total = count_kept(read_masks(masks))
-        super().__init__(sparsity=(total - kept) / total, at=at, **common)
+        budget = float((requested or {}).get("budget", 1.0))  # a line about an event names what was asked
+        super().__init__(sparsity=budget if budget < 1 else (total - kept) / total, at=at, **common)
         self.masks, self.of = str(masks), str(of)
         self.structured = check_bool("structured", structured)
         self.prunes_trained = check_bool("prunes_trained", prunes_trained)  # type: ignore[misc]
@@ -77,6 +89,12 @@ class ShuffledMasks(OneShotPruning):
     def requested(self) -> dict[str, Any]:
         """What the controlled run was asked."""
         return dict(self._requested)
+
+    @property
+    @override
+    def removes_channels(self) -> bool:
+        """As the method whose masks these are."""
+        return self.structured
 
     @override
     def propose(self, context: Context) -> Proposal:
@@ -110,12 +128,28 @@ def kept_units(channels: Channels, masks: Mapping[str, Tensor]) -> dict[str, Ten
     return kept
 
 
-def control_configs(cfg: DictConfig, folder: Path) -> list[tuple[str, DictConfig]]:
-    """Return the controls of a finished job as configurations by the names of their folders.
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A run to compare a job with.
+
+    Attributes:
+        name: one of `CONTROLS`.
+        cfg: its configuration.
+        target: the sparsity, where all jobs with the same configuration of it share the run; None: it is this job's own.
+    """
+
+    name: str
+    cfg: DictConfig
+    target: float | None = None
+
+
+def controls_for(cfg: DictConfig, folder: Path, swept: Collection[str] = ()) -> list[Control]:
+    """Return the controls of a finished job.
 
     Args:
         cfg: the job; `sweep.controls` lists what is wanted.
         folder: the job's folder, with its receipt and its masks.
+        swept: methods that the sweep runs at the same targets anyway.
     """
     wanted = [check_choice("sweep.controls", name, CONTROLS) for name in _wanted(cfg)]
     if not (folder / "masks.safetensors").is_file() or not (folder / "receipt.json").is_file():
@@ -123,19 +157,33 @@ def control_configs(cfg: DictConfig, folder: Path) -> list[tuple[str, DictConfig
     receipt = Receipt.load(folder / "receipt.json")
     if receipt.method in _UNCONTROLLED:
         return []
-    made: dict[str, Any] = {}
+    pruner = pruner_of(cfg)
+    if pruner is None:
+        return []
+    made = []
     if "shuffled" in wanted:
-        made["shuffled"] = _shuffled(cfg, folder, receipt)
-    if "magnitude" in wanted and receipt.method != "magnitude" and _budget(receipt) is not None:
-        made["magnitude"] = _magnitude(cfg, receipt)
-    if "dense" in wanted and is_structured(receipt) and holds_shrunk(folder / "model.safetensors"):
-        made["dense"] = _dense(cfg, folder)
-    for plain in made.values():
-        plain["measure"]["seconds"] = 0.2  # it costs what the job itself costs
-    return [(f"control_{name}", OmegaConf.create(plain)) for name, plain in made.items()]
+        made.append(_control("shuffled", _shuffled(cfg, folder, receipt, pruner)))
+    if pruner.removes_channels:
+        budget = _budget(receipt)
+        if "magnitude" in wanted and receipt.method != "magnitude" and budget is not None:
+            made.append(_control("magnitude", _baseline(cfg, receipt, "magnitude", budget)))
+        if "dense" in wanted and holds_shrunk(folder / "model.safetensors"):
+            made.append(_control("dense", _dense(cfg, folder)))
+        return made
+    asked = receipt.requested.get("sparsity")
+    for name in _BASELINES:
+        if name in wanted and name != receipt.method and (asked is None or name not in swept):
+            target = {"sparsity": receipt.reached["sparsity"] if asked is None else asked}
+            made.append(_control(name, _baseline(cfg, receipt, name, target), asked))
+    return made
 
 
-def _shuffled(cfg: DictConfig, folder: Path, receipt: Receipt) -> Any:
+def _control(name: str, plain: Any, target: float | None = None) -> Control:
+    plain["measure"]["seconds"] = 0.2  # it costs what the job itself costs
+    return Control(name=name, cfg=OmegaConf.create(plain), target=target)
+
+
+def _shuffled(cfg: DictConfig, folder: Path, receipt: Receipt, pruner: PruningCallback) -> Any:
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     given = plain["callbacks"]["pruning"]
     plain["callbacks"]["pruning"] = {
@@ -144,8 +192,8 @@ def _shuffled(cfg: DictConfig, folder: Path, receipt: Receipt) -> Any:
         "masks": str(folder / "masks.safetensors"),
         "of": receipt.method,
         "at": last_moment(receipt.arguments),
-        "structured": is_structured(receipt),
-        "prunes_trained": _prunes_trained(given),
+        "structured": pruner.removes_channels,
+        "prunes_trained": pruner.prunes_trained,
         "requested": receipt.requested,
         "seed": 1 + int(cfg.seed),
         **{key: given[key] for key in _SHARED if key in given},
@@ -153,27 +201,29 @@ def _shuffled(cfg: DictConfig, folder: Path, receipt: Receipt) -> Any:
     return plain
 
 
-def _magnitude(cfg: DictConfig, receipt: Receipt) -> Any:
+def _baseline(cfg: DictConfig, receipt: Receipt, name: str, target: dict[str, Any]) -> Any:
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     given = plain["callbacks"]["pruning"]
     plain["callbacks"]["pruning"] = {
-        "_target_": "lightning_prune.methods.magnitude.Magnitude",
+        "_target_": _BASELINES[name],
         "_convert_": "all",
-        **(_budget(receipt) or {}),
+        **target,
         "at": last_moment(receipt.arguments),
+        **({"seed": int(cfg.seed)} if name == "random" else {}),
         **{key: given[key] for key in _SHARED if key in given},
     }
     return plain
 
 
 def _budget(receipt: Receipt) -> dict[str, Any] | None:
-    """The budget under which magnitude pruning removes as much as the run was asked to."""
-    asked = receipt.requested
+    """The budget under which magnitude pruning removes as many channels as the run was asked to, or without that as it did."""
+    asked, channels = receipt.requested, receipt.reached["channels"]
     if asked.get("budget") is not None:
         return {"budget": asked["budget"], "budget_type": asked["budget_type"]}
-    if asked.get("channel_sparsity") is not None:
-        return {"budget": round(1 - float(asked["channel_sparsity"]), 12), "budget_type": "channels"}
-    return None
+    removed = asked.get("channel_sparsity", asked.get("sparsity"))
+    if removed is not None:
+        return {"budget": round(1 - float(removed), 12), "budget_type": "channels"}
+    return {"budget": channels["pruned"] / channels["dense"], "budget_type": "channels"} if channels else None
 
 
 def _dense(cfg: DictConfig, folder: Path) -> Any:
@@ -233,21 +283,8 @@ def last_moment(arguments: Mapping[str, Any]) -> Any:
     return at if "at" in arguments or isinstance(at, (str, float)) else "start"
 
 
-def is_structured(receipt: Receipt) -> bool:
-    """Whether a run removed whole channels."""
-    asked = receipt.requested
-    counts_channels = asked.get("budget") is not None or asked.get("channel_sparsity") is not None
-    return counts_channels or receipt.arguments.get("structured") is True
-
-
 def _wanted(cfg: DictConfig) -> Sequence[str]:
     return list(OmegaConf.select(cfg, "sweep.controls") or [])
-
-
-def _prunes_trained(node: Mapping[str, Any]) -> bool:
-    from hydra.utils import get_class
-
-    return bool(getattr(get_class(str(node["_target_"])), "prunes_trained", True))
 
 
 def _device(context: Context) -> torch.device:

@@ -21,9 +21,11 @@ from typing import Any, cast
 from hydra.errors import InstantiationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_prune import pipeline
-from lightning_prune._sweep_controls import control_configs
+from lightning_prune._sweep_controls import Control, controls_for
+from lightning_prune._sweep_knob import swept_methods, with_one_cost
 from lightning_prune.callback import PruningCallback
 from lightning_prune.files import replacing
 from lightning_prune.instantiate import instantiate_callbacks
@@ -31,6 +33,7 @@ from lightning_prune.receipt import Receipt
 
 JOB_FILE = "job.json"
 DENSE_FOLDER = "dense"
+CONTROLS_FOLDER = "controls"
 _OUTPUT = "${hydra:runtime.output_dir}"
 _log = logging.getLogger(__name__)
 
@@ -51,19 +54,44 @@ def run_job(cfg: DictConfig, folder: Path, sweep_folder: Path, overrides: Sequen
 
         attempt(cfg, folder, lambda: run_search(cfg, folder, sweep_folder), overrides=list(overrides))
         return result_of(folder)
+    cfg = with_one_cost(cfg, overrides)
     attempt(cfg, folder, lambda: _run(_started(cfg, sweep_folder), folder), overrides=list(overrides))
-    for name, control in control_configs(cfg, folder):
-        place = folder / name
-        attempt(
-            control,
-            place,
-            lambda control=control, place=place: pipeline.run(  # type: ignore[misc]
-                relocated(_started(control, sweep_folder), place), place
-            ),
-            control=name,
-            overrides=list(overrides),
-        )
+    shared = []
+    for control in controls_for(cfg, folder, _swept(sweep_folder)):
+        if control.target is None:
+            _run_control(control, folder / f"control_{control.name}", sweep_folder, overrides)
+        else:
+            shared.append(_shared_control(control, sweep_folder, overrides))
+    if shared:
+        facts = read_facts(folder)
+        record(folder, facts.pop("status"), **{**facts, "controls": shared})
     return result_of(folder)
+
+
+def _run_control(control: Control, place: Path, sweep_folder: Path, overrides: Sequence[str], **facts: Any) -> None:
+    def work() -> None:
+        pipeline.run(relocated(_started(control.cfg, sweep_folder), place), place)
+
+    attempt(control.cfg, place, work, control=control.name, overrides=list(overrides), **facts)
+
+
+def _shared_control(control: Control, sweep_folder: Path, overrides: Sequence[str]) -> str:
+    """Run a control that several jobs share, once; return its folder, relative to that of the sweep."""
+    named = f"{control.name}-{control.target:g}-seed{control.cfg.seed}-{fingerprint(control.cfg)[:6]}"
+    place = sweep_folder / CONTROLS_FOLDER / named
+    others = [item for item in overrides if not item.lstrip("+").startswith(("pruning=", "callbacks.pruning."))]
+    told = [f"pruning={control.name}", f"callbacks.pruning.sparsity={control.target}", *others]
+    with exclusive(place / ".lock"):
+        _run_control(control, place, sweep_folder, told, shared=True)
+    return place.relative_to(sweep_folder).as_posix()
+
+
+def _swept(sweep_folder: Path) -> set[str]:
+    """Which methods the sweep runs, as Hydra wrote down when it began."""
+    try:
+        return swept_methods(list(OmegaConf.load(sweep_folder / "multirun.yaml").hydra.overrides.task))
+    except (OSError, AttributeError, OmegaConfBaseException):
+        return set()
 
 
 def attempt(cfg: DictConfig, folder: Path, work: Callable[[], Any], **facts: Any) -> bool:

@@ -35,8 +35,8 @@ class Run:
         error: type and message of what stopped it.
         method: name of the method; "none" for dense training.
         label: the method and every setting in which its runs differ, seed and target aside.
-        control: "shuffled", "magnitude" or "dense" (at equal FLOPs) for a control of another run; else empty.
-        control_of: the label of the runs that this one is a control of; empty for a run of its own.
+        control: "shuffled", "magnitude", "random" or "dense" (at equal FLOPs) for a control of other runs; else empty.
+        control_of: the label of the runs that this one is a control of; empty for a run of its own and for a shared control.
         kind: "sparsity", or the cost that a budget was asked of.
         asked: the sparsity, or the budget (fraction that may remain); None without a target.
         seed: seed of the run.
@@ -46,6 +46,8 @@ class Run:
         bytes_dense, bytes_pruned, bytes_compressed: file sizes.
         ms_dense, ms_masked, ms_exported: median milliseconds of a forward pass.
         overrides: what set the job apart on the command line.
+        arguments: those of the method.
+        shared: whether this is a control of every job that names it in its `shares`, by its `job`.
     """
 
     job: str
@@ -78,16 +80,20 @@ class Run:
     ms_exported: float | None = None
     overrides: str = ""
     arguments: dict[str, Any] = field(default_factory=dict, repr=False)
+    shared: bool = field(default=False, repr=False)
+    shares: list[str] = field(default_factory=list, repr=False)
 
     @property
     def is_control(self) -> bool:
         """Whether this run exists to be compared with."""
-        return bool(self.control_of) or self.method == "random"
+        return bool(self.control) or self.method == "random"
 
 
-CONTROL_NAMES = {"shuffled": "shuffled", "magnitude": "magnitude", "dense": "dense at equal FLOPs"}
+CONTROL_NAMES = {
+    "shuffled": "shuffled", "magnitude": "magnitude", "random": "random", "dense": "dense at equal FLOPs",
+}  # fmt: skip
 CONTROL_FOLDERS = {f"control_{name}": name for name in CONTROL_NAMES}
-COLUMNS = [item.name for item in fields(Run) if item.name != "arguments"]
+COLUMNS = [item.name for item in fields(Run) if item.name not in ("arguments", "shared", "shares")]
 
 
 def collect(folder: Path) -> list[Run]:
@@ -127,7 +133,9 @@ def _read(path: Path, folder: Path) -> Run:
     run = Run(job=path.relative_to(folder).as_posix(), status=UNFINISHED if status == "running" else status)
     run.overrides = " ".join(facts.get("overrides") or _overrides(path))
     run.error = str(facts.get("error") or "")
-    run.control = CONTROL_FOLDERS.get(path.name, "")
+    run.shared = facts.get("shared") is True
+    run.control = str(facts.get("control")) if run.shared else CONTROL_FOLDERS.get(path.name, "")
+    run.shares = [str(job) for job in facts.get("controls") or []]
     _from_overrides(run)
     if run.status == FINISHED:
         try:
@@ -191,7 +199,7 @@ def _name(runs: Iterable[Run]) -> None:
         run.label = _label(run, varying)
     by_job = {run.job: run for run in runs}
     for run in runs:
-        if run.control:
+        if run.control and not run.shared:
             _belong(run, by_job.get(run.job.rpartition("/")[0]))
 
 
@@ -214,10 +222,10 @@ def _belong(run: Run, owner: Run | None) -> None:
 
 def _varying(runs: Iterable[Run]) -> dict[tuple[str, str], set[str]]:
     values: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for run in (run for run in runs if not run.control):
+    for run in (run for run in runs if not run.control or run.shared):
         for name, value in run.arguments.items():
             values[run.method, name].add(json.dumps(value))
-        for name, value in _settings(run).items():
+        for name, value in settings_of(run).items():
             values["", name].add(value)
     return values
 
@@ -227,13 +235,13 @@ def _label(run: Run, varying: Mapping[tuple[str, str], set[str]]) -> str:
     for name, value in run.arguments.items():
         if name not in _ASKED and len(varying[run.method, name]) > 1:
             parts.append(f"{name}={value}")
-    for name, value in _settings(run).items():
+    for name, value in settings_of(run).items():
         if len(varying["", name]) > 1:
             parts.append(f"{name.rpartition('.')[2]}={value}")
     return " ".join(parts)
 
 
-def _settings(run: Run) -> dict[str, str]:
+def settings_of(run: Run) -> dict[str, str]:
     """Overrides other than those of the method, which its receipt tells."""
     given = [item.lstrip("+").split("=", 1) for item in run.overrides.split() if "=" in item]
     return {name: value for name, value in given if name not in _QUIET and not name.startswith("callbacks.pruning.")}

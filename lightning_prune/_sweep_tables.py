@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_prune._sweep_read import COLUMNS, FINISHED, Run
+from lightning_prune._sweep_read import COLUMNS, FINISHED, Run, settings_of
 
 NO_PICTURE = "No picture was drawn: matplotlib is not installed."
 _DASH = "\N{EN DASH}"
@@ -50,7 +50,7 @@ def cells_of(runs: Iterable[Run]) -> list[Cell]:
     for run in runs:
         if run.status == FINISHED:
             groups.setdefault((run.kind, run.asked, run.label), []).append(run)
-    cells = [Cell(label, kind, asked, tuple(members)) for (kind, asked, label), members in groups.items()]
+    cells = [Cell(label, kind, asked, _distinct(members)) for (kind, asked, label), members in groups.items()]
     return sorted(cells, key=lambda cell: (cell.kind != "sparsity", cell.kind, _level(cell), cell.label))
 
 
@@ -83,19 +83,29 @@ def not_beaten(cell: Cell, controls: Iterable[Cell]) -> list[str]:
 
 
 def controls_of(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
-    """Return the controls of a method's cell at the same target: its own, then random, then magnitude pruning."""
+    """Return the controls of a cell at the same target: its own, those it shares, then the random and magnitude runs."""
     same = [other for other in cells if (other.kind, other.asked) == (cell.kind, cell.asked) and other is not cell]
-    own = [other for other in same if other.runs[0].control_of == cell.label]
-    base = [
-        other
-        for name in _BASELINES
-        for other in same
-        if other.runs[0].method == name
-        and not other.runs[0].control_of
-        and cell.runs[0].method != name
-        and not any(held.runs[0].control == name for held in own)
-    ]
-    return own + base
+    jobs = {job for run in cell.runs for job in run.shares}
+    held = [other for other in same if other.runs[0].control_of == cell.label]
+    held += [other for other in same if other not in held and any(run.job in jobs for run in other.runs)]
+    for name in _BASELINES:
+        if cell.runs[0].method != name and not any(_plays(other, name) for other in held):
+            held += _baselines(cell, [other for other in same if not other.runs[0].control_of], name)
+    return held
+
+
+def _baselines(cell: Cell, others: Iterable[Cell], name: str) -> list[Cell]:
+    """Cells of a method that controls others; if some of them ran under the same settings of the sweep, only these."""
+    found = [other for other in others if other.runs[0].method == name]
+    alike = [other for other in found if settings_of(other.runs[0]) == settings_of(cell.runs[0])]
+    return alike or found
+
+
+def _distinct(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """One run per seed: a shared control does not count beside a run that the sweep made of the same method."""
+    own = [run for run in runs if not run.shared]
+    seeds = {run.seed for run in own}
+    return (*own, *(run for run in runs if run.shared and run.seed not in seeds))
 
 
 def _plays(cell: Cell, control: str) -> bool:
@@ -168,8 +178,9 @@ def _accuracy_table(cells: Sequence[Cell], everything: Sequence[Cell]) -> str:
 def _reading(cells: Sequence[Cell]) -> list[str]:
     text = (
         "Mean ± standard deviation over the seeds. A method stands beside its controls: its own mask shuffled within every "
-        "layer (random pruning at the same layer rates), random and magnitude pruning at the same target, and for methods that "
-        "remove channels the smaller network trained from scratch for as many epochs (dense at equal FLOPs). "
+        "layer, which is random pruning at the same layer rates; magnitude pruning at the same target; random pruning with the "
+        "same fraction of every layer; and for methods that remove channels the smaller network trained from scratch for as "
+        "many epochs (dense at equal FLOPs). "
         "\N{LEFT DOUBLE QUOTATION MARK}Not better than\N{RIGHT DOUBLE QUOTATION MARK} names the controls it does not beat by "
         "more than the standard error of the differences seed by seed."
     )
