@@ -34,11 +34,10 @@ class Segmenter(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        config = SegformerConfig(
+        self.network = SegformerForSemanticSegmentation(SegformerConfig(
             num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[32, 64], patch_sizes=[3, 3],
             strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[4, 4], decoder_hidden_size=64, num_labels=2,
-        )  # fmt: skip
-        self.network = SegformerForSemanticSegmentation(config)
+        ))  # fmt: skip
         self.example_input_array = torch.zeros(2, 3, SIZE, SIZE)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,6 +68,7 @@ def main() -> None:
     Trainer(max_epochs=epochs, **quiet).fit(model, train)
     dense, pruning = overlap(model, test), Magnitude(budget=0.5, budget_type="flops", min_keep=4)
     Trainer(max_epochs=epochs, callbacks=[pruning], **quiet).fit(model, train)
+    pruning.receipt.show()
     small = shrink(model, next(iter(test))[0])
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (model, small)]
     print(f"overlap: dense {dense:.3f}, pruned {overlap(model, test):.3f}, shrunk {overlap(small, test):.3f}")

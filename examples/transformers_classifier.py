@@ -66,9 +66,9 @@ def main() -> None:
     train, test, model = sentences(1024, 0), sentences(512, 1), Classifier()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
     Trainer(max_epochs=epochs, **quiet).fit(model, train)
-    dense = accuracy(model, test)
-    pruning = Magnitude(budget=0.5, budget_type="flops", min_keep=4)
+    dense, pruning = accuracy(model, test), Magnitude(budget=0.5, budget_type="flops", min_keep=4)
     Trainer(max_epochs=epochs, callbacks=[pruning], **quiet).fit(model, train)
+    pruning.receipt.show()
     small = shrink(model, next(iter(test))[0])
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (model, small)]
     print(f"accuracy: dense {dense:.3f}, pruned {accuracy(model, test):.3f}, shrunk {accuracy(small, test):.3f}")

@@ -37,6 +37,7 @@ def test_the_example_prunes_and_shrinks(program: str, package: str, tmp_path: Pa
         for number in re.search(r"parameters: dense ([\d,]+), shrunk ([\d,]+)", done.stdout).groups()
     )
     assert small < 0.75 * dense
+    assert "asked for at most 0.5 of the" in done.stdout  # the receipt
     pruned, shrunk = re.search(r"pruned ([\d.]+), shrunk ([\d.]+)", done.stdout).groups()
     assert float(shrunk) == pytest.approx(float(pruned), abs=0.01)
 
