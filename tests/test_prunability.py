@@ -34,6 +34,20 @@ def test_half_of_the_weights_are_zero_and_the_rest_is_needed() -> None:
     assert result.curve[0] == (1.0, 1.0)
 
 
+def test_a_network_of_which_half_is_exactly_zero_has_prunability_one_half() -> None:
+    weights = {"a": torch.arange(1.0, 1001.0), "zeros": torch.zeros(10, 100)}
+    result = prunability(distance(weights), weights)
+    assert result.value == pytest.approx(0.5, abs=0.05 / 2**6)  # what six bisections of a step of 0.05 tell apart
+
+
+@pytest.mark.parametrize("base", [0.0, 1.0, float("inf"), float("nan")])
+def test_keeping_everything_is_always_feasible(base: float) -> None:
+    weights = {"a": torch.arange(1.0, 1001.0)}
+    result = prunability(lambda held: base if bool((held["a"] == weights["a"]).all()) else float("nan"), weights)
+    assert result.value == pytest.approx(1.0, abs=0.05 / 2**5)
+    assert result.curve[0][0] == 1.0
+
+
 def test_everything_is_needed() -> None:
     weights = {"a": torch.arange(1.0, 1001.0)}
     assert prunability(distance(weights), weights).value > 0.98
@@ -47,13 +61,41 @@ def test_nothing_is_needed() -> None:
 def test_the_order_of_weights_does_not_matter() -> None:
     weights = {"a": torch.randn(200)}
     turned = {"a": weights["a"].flip(0)}
-    assert prunability(distance(weights, 20.0), weights).value == prunability(distance(turned, 20.0), turned).value
+    first, second = prunability(distance(weights, 20.0), weights), prunability(distance(turned, 20.0), turned)
+    assert first.value == second.value
+    assert 0.05 < first.value < 0.95
 
 
 def test_dead_weights_lower_it() -> None:
     weights = {"a": torch.randn(100)}
     more = {**weights, "dead": torch.zeros(100)}
     assert prunability(distance(weights), more).value < prunability(distance(weights), weights).value
+
+
+def test_duplicated_dead_neurons_lower_it() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 6)
+
+    def network(dead: int) -> nn.Sequential:
+        torch.manual_seed(1)
+        first, last = nn.Linear(6, 8), nn.Linear(8, 3)
+        more, wide = nn.Linear(6, 8 + dead), nn.Linear(8 + dead, 3)
+        with torch.no_grad():
+            more.weight[:8], more.bias[:8] = first.weight, first.bias
+            more.weight[8:], more.bias[8:] = first.weight[0] / 1e3, -1e3  # copies that the ReLU never lets through
+            wide.weight[:, :8], wide.weight[:, 8:], wide.bias[:] = last.weight, 0.0, last.bias
+        return nn.Sequential(more, nn.ReLU(), wide)
+
+    with torch.no_grad():
+        classes = network(0)(inputs).argmax(1)
+        assert torch.allclose(network(8)(inputs), network(0)(inputs))
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    alone, wide = (measure_prunability(network(dead), [(inputs, classes)], loss) for dead in (0, 8))
+    assert wide.value < 0.75 * alone.value
+    assert wide.loss == pytest.approx(alone.loss, rel=1e-5)
 
 
 def test_the_first_failure_counts_not_a_later_success() -> None:
