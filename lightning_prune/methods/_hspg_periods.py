@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from lightning_prune.context import Context, Proposal
 from lightning_prune.cost import Kind
 from lightning_prune.methods._hspg_plan import Target, boundaries
 from lightning_prune.methods._prox_blocks import Layout, group_parts
+from lightning_prune.structured import refit_proposal
 
-__all__ = ["check_ratio", "periods_of", "propose_untrained"]
+__all__ = ["check_ratio", "periods_of", "propose_target"]
 
 
 def check_ratio(value: Any) -> float:
@@ -41,7 +43,20 @@ def periods_of(
     return {"layout": layout, "target": target, "begin": begin, "ends": boundaries(begin, end, periods)}
 
 
-def propose_untrained(removal: Any, context: Context) -> Proposal:
-    """Return a proposal of a target's removal at once, where no optimizer trains the module."""
-    stand_in = torch.optim.SGD(context.module.parameters(), lr=1.0)
-    return removal(group_parts(context, [stand_in])).propose(context, over=True)
+def propose_target(
+    engine: Any, removal: Callable[[Layout], Any], context: Context, over: bool, refit: bool
+) -> Proposal:
+    """Return what leaves by the end of the period, or, where no optimizer trains the module, of a whole removal at once.
+
+    Args:
+        engine: what has been at work in a fit; None outside of one.
+        removal: makes one from the groups.
+        context: the pruning event.
+        over: whether the fit has ended.
+        refit: refit the consumers of channels that are cut before they are zero; those that have faded leave nothing to refit.
+    """
+    if engine is None:
+        stand_in = torch.optim.SGD(context.module.parameters(), lr=1.0)
+        engine, over = removal(group_parts(context, [stand_in])), True
+    proposal = engine.propose(context, over)
+    return refit_proposal(context, proposal) if refit and engine.cuts() else proposal

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune.cost import CostModel, Kind
 
-__all__ = ["Target", "boundaries", "caps", "cubic_share", "linear_share", "normalised", "removable"]
+__all__ = ["Target", "boundaries", "caps", "cubic_share", "linear_share", "normalised", "removable", "to_multiples"]
 
 
 def boundaries(begin: int, end: int, periods: int) -> list[int]:
@@ -67,6 +67,29 @@ def removable(scores: Tensor, block_of: Tensor, gone: Tensor, limits: Sequence[i
             left[block] -= 1
             order.append(group)
     return order
+
+
+def to_multiples(order: Sequence[int], taken: Tensor, block_of: Tensor, multiples: Sequence[int]) -> list[int]:
+    """Return further groups to take, so that every block that loses any keeps a multiple, where it may lose so many.
+
+    Args:
+        order: groups that may leave, those to leave first in front (some may be taken).
+        taken: bool of shape (G,): gone or chosen.
+        block_of: int64 of shape (G,).
+        multiples: >= 1, one per block.
+    """
+    rest: dict[int, list[int]] = {}
+    for group in order:
+        if not taken[group]:
+            rest.setdefault(int(block_of[group]), []).append(group)
+    found = []
+    for block, multiple in enumerate(multiples):
+        inside = block_of == block
+        kept = int((inside & ~taken).sum())
+        excess, spare = kept % multiple, rest.get(block, [])
+        if kept < int(inside.sum()) and excess < kept and excess <= len(spare):
+            found += spare[:excess]
+    return found
 
 
 @dataclass(frozen=True)

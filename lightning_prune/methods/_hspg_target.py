@@ -6,6 +6,7 @@ and what fades is the difference between TargetHSPG, HESSO and DHSPG.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from lightning_prune.context import Context, Proposal
-from lightning_prune.methods._hspg_plan import Target, caps, normalised, removable
+from lightning_prune.methods._hspg_plan import Target, caps, normalised, removable, to_multiples
 from lightning_prune.methods._prox_blocks import Layout, load_zeros, zeros_of
 from lightning_prune.methods._prox_operators import outside_half_space
 from lightning_prune.methods._prox_parts import GroupPart
+from lightning_prune.methods._prox_report import Zeros, group_zeros
 
-__all__ = ["Removal", "TargetHalfSpace", "norms"]
+__all__ = ["Removal", "TargetHalfSpace"]
 
 
 class Removal:
@@ -32,12 +34,14 @@ class Removal:
         share: progress through the periods in (0, 1] -> share of the removals due at the period's end.
         max_ratio: fraction of a block that may be removed, in (0, 1].
         min_keep: groups every block keeps at least, >= 1.
+        round_to: the last period rounds the kept channels of each block down to a multiple of this, >= 1.
     Attributes:
         leaving: per part, bool of shape (G,): groups that are being faded out.
+        agree: makes a choice that of the first rank, on all of them.
     """
 
     learns_metric = False
-    settled = True
+    unit = "group"
 
     def __init__(
         self,
@@ -48,9 +52,12 @@ class Removal:
         share: Callable[[float], float],
         max_ratio: float = 1.0,
         min_keep: int = 1,
+        round_to: int = 1,
     ) -> None:
         self.layout, self.goal, self.ends, self.begin, self.share = layout, target, ends, begin, share
         self.parts = layout.parts
+        self.multiples = [1] * len(target.units) if round_to == 1 else multiples(layout, round_to)
+        self.agree: Callable[[Tensor], Tensor] = lambda chosen: chosen
         self.period = 0
         self.leaving = [torch.zeros_like(part.zero) for part in self.parts]
         self._chosen = False
@@ -88,6 +95,11 @@ class Removal:
     def final_target(self) -> float:
         """Sparsity or budget asked for at the end."""
         return self.goal.at(1.0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is no penalty left to settle."""
+        return True
 
     @property
     def done(self) -> bool:
@@ -130,10 +142,26 @@ class Removal:
         order = removable(self.scores(), block_of, gone, self.limits)
         chosen = torch.zeros_like(gone)
         chosen[self.goal.chosen(order, block_of, gone, 1.0 if last else self._share())] = True
-        parts = chosen.split([part.table.count for part in self.parts])
+        if last or self.period == len(self.ends) - 1:
+            chosen[to_multiples(order, gone | chosen, block_of, self.multiples)] = True
+        parts = self.agree(chosen).split([part.table.count for part in self.parts])
         self.leaving = [out | new.to(out.device) for out, new in zip(self.leaving, parts, strict=True)]
         self._chosen = True
         self._busy = any(bool((out | part.zero).any()) for out, part in zip(self.leaving, self.parts, strict=True))
+
+    def zeros(self) -> Zeros:
+        """Return how many groups of each block are exactly zero."""
+        return group_zeros(self.parts)
+
+    def penalized(self) -> float | None:
+        """There is no penalty."""
+        return None
+
+    def cuts(self) -> bool:
+        """Whether the proposal just made removes groups that are not zero yet."""
+        return any(
+            bool(((part.zero | out) & part.nonzero()).any()) for part, out in zip(self.parts, self.leaving, strict=True)
+        )
 
     def propose(self, context: Context, over: bool) -> Proposal:
         """Return masks without what has left by the end of this period; `over`: by the end of the fit."""
@@ -195,6 +223,13 @@ class Removal:
         return torch.cat(found)
 
 
+def multiples(layout: Layout, round_to: int) -> list[int]:
+    """Return for every block the number of which its kept groups are a multiple: `round_to` over positions per group."""
+    widths = {group.name: group.width for group in layout.channels.groups}
+    names = [block.name for part in layout.parts for block in part.table.blocks]
+    return [round_to // math.gcd(round_to, widths[name]) for name in names]
+
+
 class TargetHalfSpace(Removal):
     """TargetHSPG: groups of the least running saliency, faded by feed-forward, gone early when they leave the half-space.
 
@@ -231,7 +266,7 @@ class TargetHalfSpace(Removal):
         if self.saliency == "taylor" and all(measured):
             scores = torch.cat([running.cpu() for running in self.running])
         else:
-            scores = torch.cat([(norms(part) / part.table.sizes.sqrt()).cpu() for part in self.parts])
+            scores = torch.cat([(part.norms() / part.table.sizes.sqrt()).cpu() for part in self.parts])
         return normalised(scores, self._block_of(), self.live()) if self.normalise == "block" else scores
 
     def fade(self, index: int, part: GroupPart, left: int) -> None:
@@ -257,9 +292,3 @@ class TargetHalfSpace(Removal):
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self.running = [part.table.joined(state["running"]) for part in self.parts]
-
-
-def norms(part: GroupPart) -> Tensor:
-    """Return ||x_g|| of every group, of shape (G,)."""
-    weights = [tensor.detach() for tensor in part.tensors]
-    return part.table.dot(weights, weights).sqrt()

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_prune.context import Context, Proposal
-from lightning_prune.methods._hspg_plan import removable
-from lightning_prune.methods._hspg_target import Removal, norms
+from lightning_prune.methods._hspg_plan import removable, to_multiples
+from lightning_prune.methods._hspg_target import Removal
 from lightning_prune.methods._prox_parts import GroupPart
 from lightning_prune.methods._prox_scale import has_metric
 
@@ -87,7 +88,7 @@ class StepRemoval(Removal):
         """Return <x, d>, ||x||, ||d|| and |g| of all groups; current norms and no step where none has been seen."""
         products, sizes, steps = torch.cat(self.seen, dim=1)
         if not bool(sizes.any()):
-            sizes = torch.cat([norms(part).cpu() for part in self.parts])
+            sizes = torch.cat([part.norms().cpu() for part in self.parts])
         return products, sizes, steps, torch.cat([part.table.sizes.cpu() for part in self.parts])
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,20 +118,52 @@ class Dhspg(StepRemoval):
     """DHSPG: one choice of redundant groups, a penalty for each that shrinks it, half-space projections until enough are zero.
 
     Args:
-        penalty: lambda, > 0.
+        penalty: lambda, > 0; "auto": what takes twice their median norm from the candidates until the end.
         amplify, ceiling: A and C: a group that its step would grow gets clip(A low, lambda, C lambda), halfway into the window
             (low, high) where that lies above it.
         eps: of the half-space, in [0, 1).
         tolerance: fraction of the groups chosen beyond the target, >= 0.
         **common: see `Removal`; one period.
+    Attributes:
+        value: lambda in force.
     """
 
     def __init__(
-        self, penalty: float, amplify: float, ceiling: float, eps: float, tolerance: float, **common: Any
+        self, penalty: float | str, amplify: float, ceiling: float, eps: float, tolerance: float, **common: Any
     ) -> None:
         super().__init__(**common)
-        self.penalty, self.amplify, self.ceiling, self.eps, self.tolerance = penalty, amplify, ceiling, eps, tolerance
+        self.auto, self.value = penalty == "auto", 0.0 if isinstance(penalty, str) else penalty
+        self.amplify, self.ceiling, self.eps, self.tolerance = amplify, ceiling, eps, tolerance
         self.wanted = math.floor((self.goal.sparsity or 0.0) * self.goal.total + 1e-9)
+        self._settled = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether the penalty is in force; there is none before the candidates are chosen."""
+        return self._settled or not self._chosen
+
+    def settle(self, reaches: Mapping[Optimizer, Sequence[float]]) -> dict[str, float]:
+        """Put the penalty in force, and say what it can do to the candidates; see `Penalty.settle`.
+
+        Args:
+            reaches: sum_t a_t of every param group, by optimizer.
+        """
+        sizes = torch.cat([part.norms()[out].cpu() for part, out in zip(self.parts, self.leaving, strict=True)])
+        median = float(sizes.median()) if len(sizes) else 0.0
+        longest = max((max(reach, default=0.0) for reach in reaches.values()), default=0.0)
+        if self.auto:
+            self.value = 2.0 * median / max(longest, 1e-300)
+        rate = max(float(group["lr"]) for part in self.parts for group in part.optimizer.param_groups)
+        budget = self.value * (longest + rate / (1.0 - self.eps))  # what one step shrinks by 1 - eps is zeroed
+        reachable = float((sizes <= budget).double().mean()) if len(sizes) else 0.0
+        self._settled = True
+        return {"penalty": self.value, "shrink_budget": budget, "median": median, "reachable": reachable}
+
+    def penalized(self) -> float:
+        """Return penalty * sum of the candidates' norms."""
+        return self.value * sum(
+            float((part.norms() * out).sum()) for part, out in zip(self.parts, self.leaving, strict=True)
+        )
 
     def scores(self) -> Tensor:
         """The most redundant leave first."""
@@ -145,7 +178,7 @@ class Dhspg(StepRemoval):
         order = removable(self.scores(), self._block_of(), zero, self.limits)
         chosen = torch.zeros_like(zero)
         chosen[order[: max(max(count, self.wanted) - int(zero.sum()), 0)]] = True
-        parts = chosen.split([part.table.count for part in self.parts])
+        parts = self.agree(chosen).split([part.table.count for part in self.parts])
         self.leaving = [new.to(part.zero.device) for new, part in zip(parts, self.parts, strict=True)]
         self._chosen, self._busy = True, bool(chosen.any()) or bool(zero.any())
 
@@ -157,9 +190,9 @@ class Dhspg(StepRemoval):
         products = table.dot(part.previous, direction)
         steps = table.dot(direction, direction).sqrt()
         low, high = penalty_window(products, sizes, steps)
-        penalty = (self.amplify * low).clamp(self.penalty, self.penalty * self.ceiling)
+        penalty = (self.amplify * low).clamp(self.value, self.value * self.ceiling)
         penalty = torch.where(penalty >= high, 0.5 * (low + high), penalty)
-        penalty = torch.where(products < 0, penalty, torch.full_like(penalty, self.penalty))
+        penalty = torch.where(products < 0, penalty, torch.full_like(penalty, self.value))
         active = self.leaving[index] & ~part.zero & (missing > 0)
         share = torch.where(active & (sizes > 0), penalty / sizes, torch.zeros_like(sizes))
         weights = [tensor.detach() for tensor in part.tensors]
@@ -173,6 +206,15 @@ class Dhspg(StepRemoval):
         ranks = torch.argsort(torch.argsort(torch.where(leaving, ratio, torch.full_like(ratio, math.inf))))
         part.zero = part.zero | (leaving & (ranks < missing))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {**super().state_dict(), "value": self.value, "settled": self._settled}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.value, self._settled = float(state["value"]), bool(state["settled"])
+
     def finish(self, index: int, part: GroupPart) -> None:
         """Nothing: there are more candidates than the target needs."""
 
@@ -181,11 +223,14 @@ class Dhspg(StepRemoval):
         self.choose()
         zero = torch.cat([part.zero.cpu() for part in self.parts])
         candidates = torch.cat([out.cpu() for out in self.leaving]) & ~zero
-        sizes = torch.cat([(norms(part) / part.table.sizes.sqrt()).cpu() for part in self.parts])
+        sizes = torch.cat([(part.norms() / part.table.sizes.sqrt()).cpu() for part in self.parts])
         order = torch.sort(torch.where(candidates, sizes, torch.full_like(sizes, math.inf)), stable=True).indices
         gone = torch.zeros_like(zero)
         gone[order[: max(self.wanted - int(zero.sum()), 0)]] = True
-        parts = gone.split([part.table.count for part in self.parts])
+        block_of = self._block_of()
+        spare = removable(sizes, block_of, zero | gone, self.limits)
+        gone[to_multiples(spare, zero | gone, block_of, self.multiples)] = True
+        parts = self.agree(gone).split([part.table.count for part in self.parts])
         self.leaving = [out.to(part.zero.device) for out, part in zip(parts, self.parts, strict=True)]
         self._chosen = True
         proposal = super().propose(context, over=False)

@@ -18,15 +18,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callback import PruningCallback
-from lightning_prune.checks import is_number
+from lightning_prune.checks import check_integer, is_number
 from lightning_prune.context import Context, Proposal
-from lightning_prune.fit import log_event, position_of
+from lightning_prune.fit import calibration_source, log_event, mean_over_ranks, position_of, same_on_all_ranks
 from lightning_prune.masks import MaskManager, check_finite
+from lightning_prune.methods._prox_report import mean_loss, support
 from lightning_prune.methods._prox_scale import check_steps, future_rates, reach
+from lightning_prune.objective import Objective
 from lightning_prune.schedules import Position, Ramp, check_bound
 from lightning_prune.targets import select
 
-__all__ = ["ProximalCallback", "check_penalty"]
+__all__ = ["ProximalCallback", "check_penalty", "schedulers_of"]
 
 METRIC_STEPS = 10  # steps after which the second moments of Adam are good enough to settle a penalty by
 
@@ -48,6 +50,8 @@ class ProximalCallback(PruningCallback):
     Args:
         begin: first step acted on, int (optimizer steps) or float in [0, 1] (fraction of the fit).
         end: when the zeros become masks, likewise, after `begin`.
+        objective_batches: calibration batches (>= 0) on which loss + penalty is evaluated for the loggers at the end of
+            periods and epochs, in eval mode; 0: it is not.
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -55,9 +59,11 @@ class ProximalCallback(PruningCallback):
 
     shards: ClassVar[bool] = False
     needs_step_scale: bool = False  # whether a threshold must match the optimizer's steps
+    by_default: bool = False  # whether the penalty is the published one, which nobody asked for
 
-    def __init__(self, begin: int | float, end: int | float, **common: Any) -> None:
+    def __init__(self, begin: int | float, end: int | float, objective_batches: int = 4, **common: Any) -> None:
         super().__init__(**common)
+        self.objective_batches = check_integer("objective_batches", objective_batches, 0)
         self.begin, self.end = check_bound("begin", begin), check_bound("end", end)
         if type(begin) is type(end) and begin >= end:
             raise ValueError(f"`begin` must lie before `end`, got {begin} and {end}.")
@@ -76,6 +82,9 @@ class ProximalCallback(PruningCallback):
         self._moved = False
         self._over = False  # whether the fit has ended
         self._complete = False
+        self._zeros = 0  # when this was last logged
+        self._logged = -1  # the step at which it was
+        self._no_loss = False  # whether the loss could not be evaluated
         self._bounds: tuple[int, int] | None = None
         self._saved: dict[str, Any] | None = None
         self._engine: Any = None
@@ -113,7 +122,7 @@ class ProximalCallback(PruningCallback):
             f"{self.method}: penalty {report['penalty']:.4g}; until step {end} it takes a norm of {budget:.4g} from what no "
             f"gradient defends (median norm {median:.4g}): {report['reachable']:.0%} could become zero"
         )
-        if budget < median:
+        if budget < median and not self.by_default:
             rank_zero_warn(
                 f"{self.method}: `penalty`={report['penalty']:.4g} takes a norm of {budget:.4g} at most until step {end}, less "
                 f"than the median norm {median:.4g}: {report['reachable']:.0%} can become zero. Raise `penalty` (or use "
@@ -177,6 +186,7 @@ class ProximalCallback(PruningCallback):
             self._engine.load_state_dict(self._saved)
             self._saved = None
         self._handles = [part.optimizer.register_step_pre_hook(self._before_step) for part in self._engine.parts]
+        self._engine.agree = lambda mask: same_on_all_ranks(Proposal({"": mask}), pl_module.device).masks[""].cpu()
         MaskManager.of(pl_module).projections.append(self._after_step)
         self._advance(trainer)
 
@@ -188,10 +198,25 @@ class ProximalCallback(PruningCallback):
             self._moved = False
             manual = not pl_module.automatic_optimization
             self._step = position_of(trainer, pl_module).step if manual else self._step + 1
+        events = self.events
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.events > events:
+            self._log_support(trainer, pl_module)
         if self.finished:
             self._unhook(pl_module)
         self._advance(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step > self.bounds[0]:
+            self._log_support(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        events = self.events
+        super().on_train_end(trainer, pl_module)
+        if self.events > events:
+            self._log_support(trainer, pl_module)
 
     @override
     def due(self, position: Position) -> float | None:
@@ -227,22 +252,25 @@ class ProximalCallback(PruningCallback):
         return {
             "step": self._step,
             "complete": self._complete,
+            "zeros": self._zeros,
             "engine": None if self.finished else self._engine_state(),
         }
 
     @override
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         self._step, self._complete, self._saved = int(state["step"]), bool(state["complete"]), state["engine"]
+        self._zeros = int(state.get("zeros", 0))
 
     def reaches(self, trainer: Trainer) -> dict[Optimizer, list[float]]:
-        """Return sum_t a_t kappa_t from now to `end` for every param group of every optimizer."""
+        """Return sum_t a_t kappa_t from now to `end` for every param group (kappa = 1 where none is matched)."""
         left = max(0, self.bounds[1] - self._step)
         found = {}
         for part in self._engine.parts:
             optimizer = part.optimizer
-            rates = future_rates(optimizer, _schedulers(trainer, optimizer), left)
+            rates = future_rates(optimizer, schedulers_of(trainer, optimizer), left)
             groups = zip(rates, optimizer.param_groups, strict=True)
-            found[optimizer] = [reach(rate, group, part.steps) for rate, group in groups]
+            matched = self.needs_step_scale
+            found[optimizer] = [reach(rate, group if matched else {}, part.steps) for rate, group in groups]
         return found
 
     def _engine_state(self) -> dict[str, Any] | None:
@@ -250,8 +278,36 @@ class ProximalCallback(PruningCallback):
 
     def _advance(self, trainer: Trainer) -> None:
         if self._engine is not None and self._step >= self.bounds[0]:
-            self.settle(trainer)
             self._engine.advance(self._step)
+            self.settle(trainer)
+
+    def _log_support(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send what is zero, the penalty and the objective to the loggers, once per step."""
+        if self._engine is None or self._logged == self._step or trainer.barebones or not trainer.loggers:
+            return
+        zeros = self._engine.zeros()
+        values = support(zeros, self._engine.unit, self._zeros)
+        self._zeros, self._logged = int(values["prune/zeros"]), self._step
+        penalized = self._engine.penalized()
+        if penalized is not None:
+            values["prune/penalty"] = self._engine.value
+        loss = None if self._no_loss or not self.objective_batches else self._loss(trainer, pl_module)
+        if loss is not None:
+            values["prune/objective"] = loss + (penalized or 0.0)
+        log_event(trainer, values)
+
+    def _loss(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """The loss in eval mode on the same few calibration batches every time; None where it cannot be had."""
+        try:
+            source = calibration_source(trainer, pl_module, self.calibration_dataloader, self.seed, 0)
+            objective = Objective(pl_module, source, self.loss_fn, trainer, mean_over_ranks, seed=self.seed)
+            return mean_loss(objective, self.objective_batches)
+        except Exception as error:  # a training must survive a number for its log that cannot be had
+            expected = isinstance(error, (ValueError, MisconfigurationException))  # a loss that no method could use
+            say = rank_zero_info if expected else rank_zero_warn
+            say(f"{self.method}: `prune/objective` is not logged ({type(error).__name__}: {error}).")
+            self._no_loss = True
+            return None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for part in self._parts_of(optimizer):
@@ -283,7 +339,7 @@ class ProximalCallback(PruningCallback):
         super()._release(pl_module)
 
 
-def _schedulers(trainer: Trainer, optimizer: Optimizer) -> list[tuple[Any, int]]:
+def schedulers_of(trainer: Trainer, optimizer: Optimizer) -> list[tuple[Any, int]]:
     """The learning rate schedulers of an optimizer, with the optimizer steps between two of their own."""
     if not trainer.lightning_module.automatic_optimization:
         return []  # stepped by the user's code; the rate is taken to stay

@@ -63,6 +63,7 @@ class GroupTable:
         self.count = sum(units)
         self.block_of = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(units)).to(self.device)
         self._units = units
+        self._slots, self._place = self._slots_of(units)
         dims = self._dims()
         self._dims_of = [dims.get(index, 0) for index in range(len(self.tensors))]
         self._sums_over = [[d for d in range(t.dim()) if d != at] for t, at in zip(tensors, self._dims_of, strict=True)]
@@ -93,6 +94,21 @@ class GroupTable:
             row.to(t.dtype).view([-1 if d == at else 1 for d in range(t.dim())])
             for row, t, at in zip(rows, self.tensors, self._dims_of, strict=True)
         ]
+
+    def without(self, going: Tensor, sizes: Tensor, keep: Tensor | None) -> Tensor:
+        """Return `going` without the largest groups of it that blocks must keep.
+
+        Args:
+            going: bool of shape (G,): groups about to be zeroed (those that are zero already among them).
+            sizes: >= 0, of shape (G,); of several the larger one stays, ties by lower number.
+            keep: int64 of shape (blocks,): groups that each block keeps at least; None: no block keeps any.
+        """
+        if keep is None:
+            return going
+        infinite = torch.full_like(sizes, torch.inf)
+        ranked = torch.cat([torch.where(going, sizes, infinite), -infinite[:1]])[self._slots]
+        ranks = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return going & (ranks >= keep.unsqueeze(1)).flatten()[self._place]
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
@@ -129,6 +145,12 @@ class GroupTable:
     def _width(self, piece: Piece) -> int:
         tensor = self.tensors[piece.tensor]
         return piece.positions.shape[1] * tensor.numel() // tensor.shape[piece.dim]
+
+    def _slots_of(self, units: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Groups of every block in a row each, padded with G; and where each group stands in them, flattened."""
+        slots = torch.full((len(units), max(units)), self.count)
+        slots[torch.arange(max(units)) < torch.tensor(units).unsqueeze(1)] = torch.arange(self.count)
+        return slots.to(self.device), (slots.flatten() < self.count).nonzero().flatten().to(self.device)
 
     def _dims(self) -> dict[int, int]:
         dims: dict[int, int] = {}

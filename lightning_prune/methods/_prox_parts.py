@@ -23,13 +23,14 @@ class Part:
     Args:
         optimizer: any; a penalty needs one that `check_steps` accepts.
         tensors: some of its parameters.
+        names: theirs, for the log.
     Attributes:
         previous: copies of the tensors as they were before the current step, where something needs them.
         steps: steps taken, for the warm-up of momentum.
     """
 
-    def __init__(self, optimizer: Optimizer, tensors: Sequence[Tensor]) -> None:
-        self.optimizer, self.tensors = optimizer, list(tensors)
+    def __init__(self, optimizer: Optimizer, tensors: Sequence[Tensor], names: Sequence[str] = ()) -> None:
+        self.optimizer, self.tensors, self.names = optimizer, list(tensors), list(names)
         place = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.group_of = [place[id(tensor)] for tensor in self.tensors]
         self.previous: list[Tensor] = []
@@ -84,7 +85,10 @@ class GroupPart(Part):
         table: the groups.
         zero: bool of shape (G,): groups that are held at zero.
         weight: factor of each group's penalty, of shape (G,).
+        keep: groups that each block keeps whatever the penalty, int64 of shape (blocks,); None: none.
     """
+
+    keep: Tensor | None = None
 
     def __init__(self, optimizer: Optimizer, table: GroupTable) -> None:
         super().__init__(optimizer, table.tensors)
@@ -105,6 +109,11 @@ class GroupPart(Part):
         """Return the gradients, zeros where a tensor has none."""
         return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in self.tensors]
 
+    def norms(self) -> Tensor:
+        """Return ||x_g|| of every group, of shape (G,)."""
+        weights = [tensor.detach() for tensor in self.tensors]
+        return self.table.dot(weights, weights).sqrt()
+
     def nonzero(self) -> Tensor:
         """Return which groups hold an entry that is not exactly zero: bool of shape (G,); squares would underflow."""
         return self.table.sums([(tensor.detach() != 0).to(self.table.dtype) for tensor in self.tensors]) > 0
@@ -119,9 +128,9 @@ def tensor_parts(tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer])
     parts = []
     for optimizer in optimizers:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        ours = [tensor for tensor in tensors.values() if id(tensor) in held]
+        ours = {name: tensor for name, tensor in tensors.items() if id(tensor) in held}
         if ours:
-            parts.append(Part(optimizer, ours))
+            parts.append(Part(optimizer, list(ours.values()), list(ours)))
     if not parts:
         raise ValueError(f"no optimizer updates any of {', '.join(list(tensors)[:5])}. Train them, or choose others.")
     return parts

@@ -22,6 +22,7 @@ from lightning_prune.methods._prox_operators import (
     soft_threshold_,
 )
 from lightning_prune.methods._prox_parts import GroupPart, Part
+from lightning_prune.methods._prox_report import Zeros, group_zeros
 from lightning_prune.methods._prox_scale import has_metric
 
 __all__ = ["GroupPenalty", "L1Penalty", "Penalty", "Stage", "Trial"]
@@ -43,8 +44,11 @@ class Penalty:
         deadline: step at which what is zero becomes masks.
     Attributes:
         value: the penalty in force, >= 0; 0 does nothing at all.
+        unit: what is penalized, "weight" or "group".
         settled: whether `settle` has been called.
     """
+
+    unit = "weight"
 
     def __init__(
         self,
@@ -123,6 +127,14 @@ class Penalty:
         """Return the penalty at which each weight or group could just become zero."""
         raise NotImplementedError
 
+    def zeros(self) -> Zeros:
+        """Return how many weights or groups of each tensor or block are exactly zero."""
+        raise NotImplementedError
+
+    def penalized(self) -> float:
+        """Return penalty * Omega(x) of the weights as they are."""
+        raise NotImplementedError
+
     def propose(self, context: Context, over: bool) -> Proposal:
         """Return masks of what is not zero now."""
         raise NotImplementedError
@@ -144,7 +156,7 @@ class Penalty:
         else:
             self.project(part)
 
-    def prox(self, part: Any) -> None:
+    def prox(self, part: Any) -> Tensor | None:
         """Apply the prox that matches the optimizer's step."""
         raise NotImplementedError
 
@@ -157,6 +169,16 @@ class L1Penalty(Penalty):
     """penalty * ||x||_1: prox steps, and orthant steps of OBProx-SG."""
 
     parts: list[Part]
+
+    @override
+    def zeros(self) -> Zeros:
+        every = [(name, tensor) for part in self.parts for name, tensor in zip(part.names, part.tensors, strict=True)]
+        counts = torch.stack([(tensor.detach() == 0).sum().cpu() for _, tensor in every]).tolist()
+        return {name: (count, tensor.numel()) for (name, tensor), count in zip(every, counts, strict=True)}
+
+    @override
+    def penalized(self) -> float:
+        return self.value * sum(float(tensor.detach().abs().sum()) for part in self.parts for tensor in part.tensors)
 
     @override
     def propose(self, context: Context, over: bool) -> Proposal:
@@ -217,12 +239,21 @@ class GroupPenalty(Penalty):
     """
 
     parts: list[GroupPart]
+    unit = "group"
 
     def __init__(self, layout: Layout | None = None, trial: Trial = "prox", **common: Any) -> None:
         if layout is not None:
             common["parts"] = layout.parts
         super().__init__(**common)
         self.layout, self.trial = layout, trial
+
+    @override
+    def zeros(self) -> Zeros:
+        return group_zeros(self.parts)
+
+    @override
+    def penalized(self) -> float:
+        return self.value * sum(float((part.weight * part.norms()).sum()) for part in self.parts)
 
     @override
     def propose(self, context: Context, over: bool) -> Proposal:
@@ -244,34 +275,41 @@ class GroupPenalty(Penalty):
         load_zeros(self.parts, state["zero"])
 
     @override
-    def prox(self, part: GroupPart) -> None:
-        """x_g <- prox of a kappa penalty w_g ||x_g|| in the metric of the optimizer."""
+    def prox(self, part: GroupPart) -> Tensor:
+        """x_g <- prox of a kappa penalty w_g ||x_g|| in the metric of the optimizer; returns the new norms.
+
+        The largest groups of every block, as many as it must keep, see no penalty.
+        """
         active, lengths = part.active(), part.lengths()
         threshold = self.value * part.weight
         if active is not None:
             threshold = threshold * active
         metric = _metric_or_none(part)
         if metric is None and len(set(lengths)) == 1:
-            norms = part.table.dot(part.tensors, part.tensors).sqrt_()
-            part.table.scale_(shrink_factors(norms, lengths[0] * threshold))
-            return
+            norms, threshold = part.table.dot(part.tensors, part.tensors).sqrt_(), lengths[0] * threshold
+            factors = shrink_factors(norms, _spared(part, norms, threshold))
+            part.table.scale_(factors)
+            return norms * factors
         matrices = part.table.matrices([tensor.detach() for tensor in part.tensors])
         metrics = part.table.matrices(_over(part.tensors, metric, lengths))
+        if part.keep is not None:
+            scaled = [_row_norms(metric * matrix) for metric, matrix in zip(metrics, matrices, strict=True)]
+            threshold = _spared(part, torch.cat(scaled), threshold)
         thresholds = part.table.by_block(threshold).values()
-        part.table.write_([metric_group_prox(*each) for each in zip(matrices, metrics, thresholds, strict=True)])
+        found = [metric_group_prox(*each) for each in zip(matrices, metrics, thresholds, strict=True)]
+        part.table.write_(found)
+        return torch.cat([_row_norms(matrix) for matrix in found])
 
     @override
     def project(self, part: GroupPart) -> None:
         """Take the half-space step: a trial, then zero every group that leaves its half-space, for good."""
         squares = part.table.dot(part.previous, part.previous)
-        if self.trial == "prox":
-            self.prox(part)
-        else:
-            self._subgradient(part, squares)
+        sizes = self.prox(part) if self.trial == "prox" else self._subgradient(part, squares)
         products = part.table.dot([tensor.detach() for tensor in part.tensors], part.previous)
         leaving = outside_half_space(products, squares, self.eps, self.trial == "subgradient")
         active = part.active()
-        part.zero |= leaving if active is None else leaving & active
+        leaving = part.zero | (leaving if active is None else leaving & active)
+        part.zero = part.zero | part.table.without(leaving, sizes, part.keep)
         part.table.scale_((~part.zero).to(part.table.dtype))
 
     @override
@@ -287,8 +325,8 @@ class GroupPenalty(Penalty):
         norms = part.table.dot(scaled, scaled).sqrt_() / part.weight
         return norms[norms > 0].cpu()
 
-    def _subgradient(self, part: GroupPart, squares: Tensor) -> None:
-        """x_g <- x_g - a kappa penalty w_g / D x_g' / ||x_g'||, with x' the previous value."""
+    def _subgradient(self, part: GroupPart, squares: Tensor) -> Tensor:
+        """x_g <- x_g - a kappa penalty w_g / D x_g' / ||x_g'||, with x' the previous value; returns the new norms."""
         share = self.value * part.weight * torch.where(squares > 0, squares.rsqrt(), 0.0)
         active = part.active()
         if active is not None:
@@ -296,6 +334,18 @@ class GroupPenalty(Penalty):
         steps = torch._foreach_mul(part.previous, part.table.spread(share, outside=0.0))
         inverse = _over(part.tensors, _metric_or_none(part), part.lengths())
         torch._foreach_addcdiv_([tensor.detach() for tensor in part.tensors], steps, inverse, -1.0)
+        return part.table.dot(part.tensors, part.tensors).sqrt_()
+
+
+def _spared(part: GroupPart, norms: Tensor, threshold: Tensor) -> Tensor:
+    """Thresholds, 0 for the largest groups of every block, as many as it keeps."""
+    if part.keep is None:
+        return threshold
+    return threshold * part.table.without(torch.ones_like(part.zero), norms, part.keep)
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=1)
 
 
 def _metric_or_none(part: Part) -> list[Tensor] | None:

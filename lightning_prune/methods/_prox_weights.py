@@ -1,14 +1,15 @@
-"""Weights w_g of groups in a penalty sum_g w_g ||x_g||, with mean 1."""
+"""What a penalty sum_g w_g ||x_g|| knows of every group: its weight w_g, with mean 1, and what each block keeps."""
 
 from __future__ import annotations
 
 import torch
 
+from lightning_prune.methods._hspg_plan import caps
 from lightning_prune.methods._prox_blocks import Layout
 
 GROUP_WEIGHTS = ("sqrt_size", "none", "flops")
 
-__all__ = ["GROUP_WEIGHTS", "weigh"]
+__all__ = ["GROUP_WEIGHTS", "protect", "weigh"]
 
 
 def weigh(layout: Layout, rule: str) -> None:
@@ -24,6 +25,18 @@ def weigh(layout: Layout, rule: str) -> None:
     mean = torch.cat([part.weight.double().cpu() for part in layout.parts]).mean().item()
     for part in layout.parts:
         part.weight = part.weight / mean
+
+
+def protect(layout: Layout, max_ratio: float, min_keep: int) -> None:
+    """Set `keep` of every part, so that no block loses more than `max_ratio` of its groups or keeps less than `min_keep`.
+
+    Behind a BatchNorm the scale of a whole block changes nothing, so that no gradient defends it from a penalty.
+    """
+    for part in layout.parts:
+        units = [block.units for block in part.table.blocks]
+        gone = [int(zero.sum()) for zero in part.table.by_block(part.zero).values()]
+        limits = caps(units, max_ratio, min_keep, gone)
+        part.keep = torch.tensor(units).sub(torch.tensor(limits)).to(part.table.device)
 
 
 def _flops_of_one(layout: Layout, name: str, units: int) -> float:

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from lightning_prune.checks import check_fraction, check_integer, check_positive
+from lightning_prune.checks import check_bool, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
-from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_untrained
+from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_target
 from lightning_prune.methods._hspg_plan import linear_share
 from lightning_prune.methods._hspg_target import Removal
 from lightning_prune.methods._hspg_variants import Dhspg, penalty_window, published_penalty, redundancy
@@ -36,11 +36,14 @@ class DHSPG(ProximalCallback):
         sparsity: removed fraction of the channels that take part, in [0, 1).
         begin: when they are ranked, int (optimizer steps) or float in [0, 1] (fraction of the fit).
         end: when the target is met, likewise.
-        penalty: lambda > 0; None: 1e-3 for SGD, 1e-2 for Adam, AdamW and RMSprop (published).
+        penalty: lambda > 0; "auto": what takes twice their median norm from the candidates until `end` where no gradient
+            defends them; None: 1e-3 for SGD, 1e-2 for Adam, AdamW and RMSprop (published).
         eps: of the half-space, in [0, 1).
         tolerance: fraction of the channels chosen beyond the target, in [0, 1).
         max_ratio: fraction of a layer's channels that may be removed, in (0, 1].
         min_keep: channels every layer keeps at least, >= 1.
+        round_to: round each layer's kept channels down to a multiple of this in the end (8 or 16 runs faster), >= 1.
+        refit_consumers: refit the weights that read channels cut before they are zero, by least squares on calibration data.
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -53,18 +56,23 @@ class DHSPG(ProximalCallback):
         sparsity: float,
         begin: int | float = 0.15,
         end: int | float = 0.5,
-        penalty: float | None = None,
+        penalty: float | str | None = None,
         eps: float = 0.9,
         tolerance: float = 0.05,
         max_ratio: float = 1.0,
         min_keep: int = 1,
+        round_to: int = 1,
+        refit_consumers: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(begin, end, **common)
         self.sparsity = check_fraction("sparsity", sparsity)
-        self.penalty = None if penalty is None else check_positive("penalty", penalty)
+        self.penalty = penalty if penalty is None or penalty == "auto" else check_positive("penalty", penalty)
+        self.by_default = penalty is None
         self.eps, self.tolerance = check_fraction("eps", eps), check_fraction("tolerance", tolerance)
         self.max_ratio, self.min_keep = check_ratio(max_ratio), check_integer("min_keep", min_keep, 1)
+        self.round_to = check_integer("round_to", round_to, 1)
+        self.refit_consumers = check_bool("refit_consumers", refit_consumers)
 
     @property
     @override
@@ -80,10 +88,11 @@ class DHSPG(ProximalCallback):
         published, amplify, ceiling = published_penalty(layout.parts)
         return Dhspg(
             self.penalty or published, amplify, ceiling, self.eps, self.tolerance, share=linear_share,
-            max_ratio=self.max_ratio, min_keep=self.min_keep, **periods_of(layout, self.bounds, 1, self.sparsity),
+            max_ratio=self.max_ratio, min_keep=self.min_keep, round_to=self.round_to,
+            **periods_of(layout, self.bounds, 1, self.sparsity),
         )  # fmt: skip
 
     @override
     def propose(self, context: Context) -> Proposal:
         """Propose what is zero; without training, the channels of least size at once."""
-        return propose_untrained(self.removal, context) if self._engine is None else super().propose(context)
+        return propose_target(self._engine, self.removal, context, self._over, self.refit_consumers)

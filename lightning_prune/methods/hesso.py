@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from lightning_prune.checks import check_fraction, check_integer
+from lightning_prune.checks import check_bool, check_fraction, check_integer
 from lightning_prune.context import Context, Proposal
-from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_untrained
+from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_target
 from lightning_prune.methods._hspg_plan import linear_share
 from lightning_prune.methods._hspg_target import Removal
 from lightning_prune.methods._hspg_variants import Hesso, hesso_saliency
@@ -40,6 +40,8 @@ class HESSO(ProximalCallback):
         periods: P, >= 1.
         max_ratio: fraction of a layer's channels that may be removed, in (0, 1].
         min_keep: channels every layer keeps at least, >= 1.
+        round_to: round each layer's kept channels down to a multiple of this in the end (8 or 16 runs faster), >= 1.
+        refit_consumers: refit the weights that read channels cut before they are zero, by least squares on calibration data.
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -55,12 +57,16 @@ class HESSO(ProximalCallback):
         periods: int = 10,
         max_ratio: float = 1.0,
         min_keep: int = 1,
+        round_to: int = 1,
+        refit_consumers: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(begin, end, **common)
         self.sparsity = check_fraction("sparsity", sparsity)
         self.periods = check_integer("periods", periods, 1)
         self.max_ratio, self.min_keep = check_ratio(max_ratio), check_integer("min_keep", min_keep, 1)
+        self.round_to = check_integer("round_to", round_to, 1)
+        self.refit_consumers = check_bool("refit_consumers", refit_consumers)
 
     @property
     @override
@@ -74,11 +80,11 @@ class HESSO(ProximalCallback):
     def removal(self, layout: Layout) -> Removal:
         """Return what removes the channels."""
         return Hesso(
-            share=linear_share, max_ratio=self.max_ratio, min_keep=self.min_keep,
+            share=linear_share, max_ratio=self.max_ratio, min_keep=self.min_keep, round_to=self.round_to,
             **periods_of(layout, self.bounds, self.periods, self.sparsity),
         )  # fmt: skip
 
     @override
     def propose(self, context: Context) -> Proposal:
         """Propose what has been faded out; without training, the channels of least importance at once."""
-        return propose_untrained(self.removal, context) if self._engine is None else super().propose(context)
+        return propose_target(self._engine, self.removal, context, self._over, self.refit_consumers)

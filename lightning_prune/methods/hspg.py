@@ -19,23 +19,27 @@ and the penalty is lifted. The target form is ours. It removes floor(sparsity * 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.checks import check_budget, check_choice, check_fraction, check_integer, check_positive
+from lightning_prune.checks import check_bool, check_budget, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
 from lightning_prune.cost import Kind
-from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_untrained
+from lightning_prune.methods._hspg_periods import check_ratio, periods_of, propose_target
 from lightning_prune.methods._hspg_plan import cubic_share
+from lightning_prune.methods._hspg_switch import SwitchWatch
 from lightning_prune.methods._hspg_target import Removal, TargetHalfSpace
 from lightning_prune.methods._prox_blocks import Layout, group_parts
-from lightning_prune.methods._prox_callback import ProximalCallback, check_penalty
+from lightning_prune.methods._prox_callback import ProximalCallback, check_penalty, schedulers_of
 from lightning_prune.methods._prox_operators import outside_half_space
 from lightning_prune.methods._prox_penalties import GroupPenalty, Stage
-from lightning_prune.methods._prox_weights import GROUP_WEIGHTS, weigh
+from lightning_prune.methods._prox_scale import future_rates
+from lightning_prune.methods._prox_weights import GROUP_WEIGHTS, protect, weigh
 from lightning_prune.schedules import Position, check_bound
 
 __all__ = ["HSPG", "outside_half_space"]
@@ -59,8 +63,12 @@ class HSPG(ProximalCallback):
         saliency: of a target: "taylor" (running mean of |<x_g, gradient_g>|) or "magnitude" (||x_g|| / sqrt |g|).
         beta: of the running mean, in [0, 1).
         normalise: of a target: "block" compares channels by their share of their layer's mean, "global" as they are.
-        max_ratio: of a target: fraction of a layer's channels that may be removed, in (0, 1].
-        min_keep: of a target: channels every layer keeps at least, >= 1.
+        max_ratio: fraction of a layer's channels that may be removed, in (0, 1].
+        min_keep: channels every layer keeps at least, >= 1 (with a penalty >= 0).
+        round_to: of a target: round each layer's kept channels down to a multiple of this in the end (8 or 16 runs faster),
+            >= 1.
+        refit_consumers: of a target: refit the weights that read channels cut before they are zero, by least squares on
+            calibration data.
         switch: of a penalty: first half-space step, int or float as `begin`.
         trial: of a penalty: "prox" or "subgradient" (published).
         group_weight: of a penalty: w_g: "sqrt_size", "none" or "flops".
@@ -87,6 +95,8 @@ class HSPG(ProximalCallback):
         normalise: str = "block",
         max_ratio: float = 0.9,
         min_keep: int = 1,
+        round_to: int = 1,
+        refit_consumers: bool = False,
         switch: int | float = 0.25,
         trial: str = "prox",
         group_weight: str = "sqrt_size",
@@ -94,6 +104,7 @@ class HSPG(ProximalCallback):
         **common: Any,
     ) -> None:
         _check_one(sparsity, penalty, budget, budget_type)
+        _check_no_target_for(penalty, round_to, refit_consumers)
         first = (0.1 if penalty is None else 0.0) if begin is None else begin
         super().__init__(first, end, **common)
         self.begin = begin  # type: ignore[assignment]  # as it was given
@@ -110,7 +121,10 @@ class HSPG(ProximalCallback):
         self.saliency = check_choice("saliency", saliency, ("taylor", "magnitude"))
         self.beta = check_fraction("beta", beta)
         self.normalise = check_choice("normalise", normalise, ("block", "global"))
-        self.max_ratio, self.min_keep = check_ratio(max_ratio), check_integer("min_keep", min_keep, 1)
+        self.max_ratio = check_ratio(max_ratio)
+        self.min_keep = check_integer("min_keep", min_keep, 1 if penalty is None else 0)
+        self.round_to = check_integer("round_to", round_to, 1)
+        self.refit_consumers = check_bool("refit_consumers", refit_consumers)
         self.switch = check_bound("switch", switch)
         self.trial = check_choice("trial", trial, ("prox", "subgradient"))
         self.group_weight = check_choice("group_weight", group_weight, GROUP_WEIGHTS)
@@ -138,6 +152,7 @@ class HSPG(ProximalCallback):
         if self.penalty is None:
             return self.removal(layout)
         weigh(layout, self.group_weight)
+        protect(layout, self.max_ratio, self.min_keep)
         return GroupPenalty(
             layout, "subgradient" if self.trial == "subgradient" else "prox", stage_at=self.stage_at, asked=self.penalty,
             factor=self.auto_factor, eps=self.eps, deadline=self.bounds[1],
@@ -148,7 +163,7 @@ class HSPG(ProximalCallback):
         plan = periods_of(layout, self.bounds, self.periods, self.sparsity, self.budget, self.budget_type)
         return TargetHalfSpace(
             self.saliency, self.beta, self.normalise, self.eps, share=cubic_share, max_ratio=self.max_ratio,
-            min_keep=self.min_keep, **plan,
+            min_keep=self.min_keep, round_to=self.round_to, **plan,
         )  # fmt: skip
 
     def stage_at(self, step: int) -> Stage:
@@ -161,9 +176,9 @@ class HSPG(ProximalCallback):
     @override
     def propose(self, context: Context) -> Proposal:
         """Propose what the engine holds at zero; without training, the channels of least magnitude."""
-        if self._engine is None and self.penalty is None:
-            return propose_untrained(self.removal, context)
-        return super().propose(context)
+        if self.penalty is not None:
+            return super().propose(context)
+        return propose_target(self._engine, self.removal, context, self._over, self.refit_consumers)
 
     @override
     def check_fit(self, trainer: Trainer, position: Position, resumed: bool) -> None:
@@ -174,6 +189,33 @@ class HSPG(ProximalCallback):
                 f"`switch` (step {self._switch}) must lie before `end` (step {self.bounds[1]}): no half-space step would be "
                 "taken. Lower `switch`, or use ProxSGD."
             )
+        if self.penalty is not None and not resumed:
+            self._watch = SwitchWatch(self._switch)
+            for optimizer in trainer.optimizers:
+                steps = self._switch - position.step + 1
+                self._watch.foresee(future_rates(optimizer, schedulers_of(trainer, optimizer), steps))
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._watch = SwitchWatch()
+
+    @override
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "watch": self._watch.state_dict()}
+
+    @override
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
+        self._watch = SwitchWatch(**state.get("watch", {}))
+
+    @override
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self.penalty is not None and self._engine is not None:
+            parts = [part.optimizer for part in self._engine.parts]
+            if optimizer in parts:
+                self._watch.see(parts.index(optimizer), optimizer, self._step)
+        super()._after_step(optimizer)
 
 
 def _check_one(sparsity: Any, penalty: Any, budget: Any, budget_type: Any) -> None:
@@ -186,3 +228,12 @@ def _check_one(sparsity: Any, penalty: Any, budget: Any, budget_type: Any) -> No
         )
     if budget_type is not None and budget is None:
         raise ValueError(f"`budget_type` must be left out without `budget`, got {budget_type!r}.")
+
+
+def _check_no_target_for(penalty: Any, round_to: Any, refit_consumers: Any) -> None:
+    if penalty is not None and (round_to != 1 or refit_consumers is not False):
+        name, value = ("round_to", round_to) if round_to != 1 else ("refit_consumers", refit_consumers)
+        raise ValueError(
+            f"`{name}` must be left out with a `penalty`, got {value!r}: what it brings to zero is zero already, and no more. "
+            "Give a `sparsity` or a `budget`."
+        )

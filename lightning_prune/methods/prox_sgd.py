@@ -11,7 +11,8 @@ with a the learning rate and kappa, D the length and metric of the optimizer's s
 
 Departures from the paper: the threshold is matched to momentum and to Adam's metric (with plain a * penalty the fixed point
 solves another problem); groups are those of the dependency graph with the norms that follow, so that a zero group is a
-channel that can be removed; at `end` zeros become masks and the penalty is lifted, which takes its bias away.
+channel that can be removed; no layer loses all of them (behind a BatchNorm no gradient defends the scale of a whole layer); at
+`end` zeros become masks and the penalty is lifted, which takes its bias away.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from lightning_prune.checks import check_bool, check_choice, check_positive
+from lightning_prune.checks import check_bool, check_choice, check_integer, check_positive
 from lightning_prune.context import Context
+from lightning_prune.methods._hspg_periods import check_ratio
 from lightning_prune.methods._prox_blocks import group_parts
 from lightning_prune.methods._prox_callback import ProximalCallback, check_penalty
 from lightning_prune.methods._prox_operators import (
@@ -34,7 +36,7 @@ from lightning_prune.methods._prox_operators import (
 from lightning_prune.methods._prox_parts import tensor_parts
 from lightning_prune.methods._prox_penalties import GroupPenalty, L1Penalty, Penalty, Stage
 from lightning_prune.methods._prox_scale import momentum_gain
-from lightning_prune.methods._prox_weights import GROUP_WEIGHTS, weigh
+from lightning_prune.methods._prox_weights import GROUP_WEIGHTS, protect, weigh
 from lightning_prune.targets import select
 
 __all__ = [
@@ -53,6 +55,8 @@ class ProxSGD(ProximalCallback):
         end: when the zeros become masks and the penalty is lifted, likewise.
         group_weight: w_g of a channel: "sqrt_size" (over the mean), "none" (1) or "flops" (of the channel, over the mean).
         auto_factor: of "auto", > 0.
+        max_ratio: structured: fraction of a layer's channels that may become zero, in (0, 1].
+        min_keep: structured: channels every layer keeps at least, >= 0. The largest, as many as must stay, see no penalty.
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -69,6 +73,8 @@ class ProxSGD(ProximalCallback):
         end: int | float = 0.5,
         group_weight: str = "sqrt_size",
         auto_factor: float = 2.0,
+        max_ratio: float = 0.9,
+        min_keep: int = 1,
         **common: Any,
     ) -> None:
         super().__init__(begin, end, **common)
@@ -76,6 +82,7 @@ class ProxSGD(ProximalCallback):
         self.structured = check_bool("structured", structured)
         self.group_weight = check_choice("group_weight", group_weight, GROUP_WEIGHTS)
         self.auto_factor = check_positive("auto_factor", auto_factor)
+        self.max_ratio, self.min_keep = check_ratio(max_ratio), check_integer("min_keep", min_keep, 0)
 
     @property
     @override
@@ -92,6 +99,7 @@ class ProxSGD(ProximalCallback):
             return L1Penalty(parts=tensor_parts(targets, trainer.optimizers), **common)
         layout = group_parts(context, trainer.optimizers)
         weigh(layout, self.group_weight)
+        protect(layout, self.max_ratio, self.min_keep)
         return GroupPenalty(layout, **common)
 
     def stage_at(self, step: int) -> Stage:

@@ -158,7 +158,8 @@ def test_pruned_channels_count_towards_a_later_target() -> None:
 
 def test_with_too_few_zeros_dhspg_cuts_the_rest_and_says_so() -> None:
     callback = DHSPG(0.5, penalty=1e-9, eps=0.0, measure=False)
-    fit(toy(), callback)
+    with pytest.warns(UserWarning, match=r"`penalty`=1e-09 takes a norm of .*: 0% can become zero"):
+        fit(toy(), callback)
     assert any(note.startswith("8 channels were still not zero at the end") for note in callback.history[-1]["notes"])
 
 
