@@ -361,7 +361,7 @@ class GradientSource:
         with Recorder(self.step, self.names) as recorder:
             loss = evaluate(self.step, self.parameters, self.buffers, batch, check=False)  # the rows are checked
             calls = recorder.calls
-            per_sample = sum(call.bytes for call in calls) / batch_length(batch)
+            per_sample = sum(call.bytes(len(out)) for call in calls) / batch_length(batch)
             most = self.samples * self._rows_at_once(max(self.sizes))
             self.chunk = int(min(4096, most, max(self.samples, _CHUNK_BYTES / max(1.0, per_sample))))
             grads = torch.autograd.grad(loss, [call.output for call in calls], allow_unused=True)

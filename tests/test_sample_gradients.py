@@ -55,6 +55,27 @@ def test_fast_ways_equal_the_loop(way: str, samples: int) -> None:
     assert torch.allclose(got, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("length", [9, 40, 130])  # positions of an output on both sides of where the way changes
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 3, padding=1),
+        nn.Conv1d(4, 6, 4, stride=2, dilation=2, padding=3, groups=2),
+        nn.Conv2d(4, 6, (3, 1), stride=(1, 2), padding=(2, 0), groups=2),
+        nn.Conv2d(4, 4, (1, 3), dilation=(1, 2), padding=(0, 2), groups=4),
+    ],
+)
+def test_convolutions_of_any_shape_equal_the_loop(layer: nn.Module, length: int, samples: int) -> None:
+    shape = (4, length) if isinstance(layer, nn.Conv1d) else (4, 5, length // 5 + 3)
+    net = nn.Sequential(layer, nn.Flatten(2), nn.AdaptiveAvgPool1d(3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
+    net.double()(torch.zeros(1, *shape).double())
+    rows = [
+        gradient_rows(objective(net, shape), ["0.weight"], 6, samples, torch.float64, way) for way in ("loop", "outer")
+    ]
+    assert torch.allclose(rows[0], rows[1], rtol=0, atol=1e-12)
+
+
 def test_linear_layers_over_sequences_equal_the_loop() -> None:
     class Words(nn.Module):
         def __init__(self) -> None:
