@@ -79,3 +79,24 @@ class NaivePart(Part):
 def group_penalty(make: Make, weights: Tensor, size: int, **arguments: Any) -> GroupPenalty:
     """A group penalty on a vector."""
     return GroupPenalty(parts=[GroupPart(make([weights]), group_table(weights, size))], **arguments)
+
+
+class Lines:
+    """A logger that keeps what it is given; a real one, to pass the Trainer's check."""
+
+    def __new__(cls) -> Any:
+        from lightning.pytorch.loggers.logger import DummyLogger
+
+        class Keeping(DummyLogger):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lines: list[dict[str, float]] = []
+
+            def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+                self.lines.append({**metrics, "step": step})
+
+            @property
+            def save_dir(self) -> str:
+                return "."
+
+        return Keeping()
