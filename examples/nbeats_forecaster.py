@@ -48,8 +48,7 @@ def main() -> None:
     Trainer(max_epochs=epochs, **quiet).fit(model, train)
     dense = error(model, test)
     pruning = Magnitude(budget=0.5, budget_type="params", min_keep=4)
-    Trainer(max_epochs=epochs, callbacks=[pruning], **quiet).fit(model, train)
-    pruning.receipt.show()
+    Trainer(max_epochs=epochs, callbacks=[pruning], **quiet).fit(model, train)  # ends with its receipt
     small = shrink(model, next(iter(test)))
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (model, small)]
     print(f"mean absolute error: dense {dense:.3f}, pruned {error(model, test):.3f}, shrunk {error(small, test):.3f}")

@@ -67,8 +67,7 @@ def main() -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
     Trainer(max_epochs=epochs, **quiet).fit(model, train)
     dense, pruning = overlap(model, test), Magnitude(budget=0.5, budget_type="flops", min_keep=4)
-    Trainer(max_epochs=epochs, callbacks=[pruning], **quiet).fit(model, train)
-    pruning.receipt.show()
+    Trainer(max_epochs=epochs, callbacks=[pruning], **quiet).fit(model, train)  # ends with its receipt
     small = shrink(model, next(iter(test))[0])
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (model, small)]
     print(f"overlap: dense {dense:.3f}, pruned {overlap(model, test):.3f}, shrunk {overlap(small, test):.3f}")
