@@ -123,3 +123,12 @@ def _shared(step: nn.Module, wanted: set[str]) -> bool:
         if canonical_name(name).removeprefix("module.") in wanted:
             chosen.add(id(parameter))
     return any(seen[key] > 1 for key in chosen)
+
+
+def check_rows(part: Tensor, origins: Tensor) -> None:
+    """Raise ValueError if a row is not finite; `origins` has the index of the batch of each sample in each row."""
+    finite = torch.isfinite(part.sum(dim=1))  # much faster than entry by entry
+    if not bool(finite.all()):
+        first, last = origins[int((~finite).nonzero()[0])].aminmax()
+        which = f"batch {int(first)}" if first == last else f"batches {int(first)} to {int(last)}"
+        raise ValueError(f"the gradient of calibration {which} is not finite. Check the loss and the data there.")

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune._layer_rows import NotOuter, Recorder
+from lightning_prune._layer_rows import NotOuter, Recorder, check_rows
+from lightning_prune._scratch import empty_matrix
 from lightning_prune.batch_norm import averaging, batch_norms, in_training, named_batch_norms
 from lightning_prune.batches import batch_length, joined, map_batch, regroup, sample_count, slice_batch
 from lightning_prune.checks import check_choice, check_integer
@@ -43,6 +44,7 @@ def gradient_rows(
     samples_per_row: int = 1,
     dtype: torch.dtype = torch.float32,
     way: str = "auto",
+    offload: str | None = None,
 ) -> Tensor:
     """Return the matrix A whose row i is the gradient of the mean loss of the i-th group of samples.
 
@@ -55,13 +57,14 @@ def gradient_rows(
         samples_per_row: samples averaged in one row (m), >= 1.
         dtype: storage of A; gradients are computed in the parameters' dtype.
         way: "auto", or one of "outer", "vmap", "loop".
+        offload: folder for a scratch file that holds A, where it is larger than memory; None holds it in memory.
     Returns:
-        A, shape (min(n, samples available // m), p), on the device of the parameters.
+        A, shape (min(n, samples available // m), p), on the device of the parameters, or the CPU's with `offload`.
     Raises:
         ValueError: fewer samples than one row needs, or a loss or gradient that is not finite (the batch is named).
     """
     with GradientSource(objective, names, way) as source:
-        return source.rows(rows, samples_per_row, dtype)
+        return source.rows(rows, samples_per_row, dtype, offload)
 
 
 class GradientSource:
@@ -139,12 +142,14 @@ class GradientSource:
             for name, part in zip(self.names, flat.split(self.sizes), strict=True):
                 self.parameters[name].copy_(part.view_as(self.parameters[name]))
 
-    def rows(self, rows: int, samples_per_row: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def rows(
+        self, rows: int, samples_per_row: int, dtype: torch.dtype = torch.float32, offload: str | None = None
+    ) -> Tensor:
         """Return the matrix of `gradient_rows` from the next samples of the stream."""
         check_integer("rows", rows, 1)
         self.samples = check_integer("samples_per_row", samples_per_row, 1)
         self._check_cut(samples_per_row)
-        matrix = torch.empty(rows, self.width, dtype=dtype, device=self.device)
+        matrix = empty_matrix(rows, self.width, dtype, self.device, offload)
         done = self._whole_rows(matrix) if self.whole else self._cut_rows(matrix)
         if not done:
             raise ValueError(
@@ -160,8 +165,11 @@ class GradientSource:
         labelled = ((batch, torch.full((batch_length(batch),), index)) for batch, index in self._next_pass())
         for (batch, origin), count in regroup(labelled, len(matrix), self.samples, chunk):
             part, origins = matrix[done : done + count], origin[: count * self.samples].view(count, self.samples)
-            self._choose(batch, origins)(batch, part, origins)
-            _check_rows(part, origins)
+            own = part if part.device == self.device else torch.empty_like(part, device=self.device)
+            self._choose(batch, origins)(batch, own, origins)
+            check_rows(own, origins)
+            if own is not part:
+                part.copy_(own)
             done += count
             self.samples_used += count * self.samples
             self.objective.advance()
@@ -173,7 +181,7 @@ class GradientSource:
         for batch, index in self._next_pass():
             origin = torch.tensor([[index]])
             self._fill_row(batch, matrix[done], index)
-            _check_rows(matrix[done : done + 1], origin)
+            check_rows(matrix[done : done + 1], origin)
             done, seen = done + 1, seen + sample_count(batch)
             self.objective.advance()
             if done == len(matrix):
@@ -223,7 +231,7 @@ class GradientSource:
                     continue  # one sample has no variance
                 loss, flat = self._gradient(batch, index, check)
                 if check:
-                    _check_rows(flat[None], torch.tensor([[index]]))
+                    check_rows(flat[None], torch.tensor([[index]]))
                 total.add_(flat, alpha=count)
                 self.samples_used += count
                 loss_sum, seen = loss_sum + count * float(loss), seen + count
@@ -386,12 +394,3 @@ class GradientSource:
         except (RuntimeError, ValueError, TypeError, NotImplementedError, NotOuter):
             return False  # the module does not allow this way; the loop will do
         return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max().clamp_min(1e-12))
-
-
-def _check_rows(part: Tensor, origins: Tensor) -> None:
-    """Raise ValueError if a row is not finite; `origins` has the index of the batch of each sample in each row."""
-    finite = torch.isfinite(part.sum(dim=1))  # much faster than entry by entry
-    if not bool(finite.all()):
-        first, last = origins[int((~finite).nonzero()[0])].aminmax()
-        which = f"batch {int(first)}" if first == last else f"batches {int(first)} to {int(last)}"
-        raise ValueError(f"the gradient of calibration {which} is not finite. Check the loss and the data there.")

@@ -22,6 +22,7 @@ from lightning_prune.methods._chita_problem import Quadratic, gradient, keep_lar
 
 _ACTIVE = 1.5  # size of the active set in units of k
 _GATHER = 8  # columns of the active set are copied when they are fewer than p / _GATHER
+_GATHERED = 1 << 26  # and make no more numbers than these: A may be larger than memory
 _DOUBLINGS = 6
 _FROZEN = 2  # steps in a row that leave the support alone, after which the exact solve does better
 _SHORTEST = 0.2  # step length in the diagonal metric below which no swap is tried
@@ -203,7 +204,7 @@ def _restrict(problem: Quadratic, active: Tensor) -> tuple[Quadratic, Tensor | N
     Few columns are copied; many stay where they are and are told apart by `alive` (offset and positions: None).
     """
     index = active.nonzero().flatten()
-    if _GATHER * index.numel() > problem.p:
+    if _GATHER * index.numel() > problem.p or index.numel() * problem.n > _GATHERED:
         return problem.among(active), None, None
     panel = replace(
         problem,
@@ -235,6 +236,7 @@ def _trial(problem: Quadratic, point: Point, k: int, tau: float, slope: Tensor, 
     changed = (support != point.support).nonzero().flatten()
     if changed.numel():
         frozen = point.move - tau * slope * point.support
-        columns = problem.rows.index_select(1, changed).to(problem.dtype)
-        after = after + (columns @ (move - frozen)[changed]).double()
+        for index in changed.split(problem.width):
+            columns = problem.rows.index_select(1, index).to(problem.dtype)
+            after = after + (columns @ (move - frozen)[index]).double()
     return Point(move, support, after, float(move_objective(problem, move, after)))

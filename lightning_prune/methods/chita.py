@@ -36,12 +36,14 @@ from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune._scratch import check_folder
 from lightning_prune.batch_norm import batch_norms
 from lightning_prune.batches import count_samples
 from lightning_prune.checks import check_bool, check_choice, check_fraction, check_integer, check_positive
 from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import DTensor
 from lightning_prune.methods._chita_refit import RefitSettings
+from lightning_prune.methods._chita_room import check_disk, check_memory
 from lightning_prune.methods._chita_stages import (
     ALGORITHMS,
     SCHEDULES,
@@ -76,6 +78,7 @@ def prune_in_stages(
     dtype: torch.dtype = torch.float32,
     gradient_samples: int | None = None,
     refit_samples: int = 128,
+    offload: str | None = None,
 ) -> Iterator[Stage]:
     """Run CHITA++: solve a stage for every sparsity, each around the result of the one before; yield each stage.
 
@@ -90,18 +93,21 @@ def prune_in_stages(
         dtype: storage of the rows.
         gradient_samples: samples of a separate batch for the first-order term; None takes the mean of the rows.
         refit_samples: samples in each gradient of a refit, >= 1.
+        offload: folder for a scratch file that holds the rows; the stages are then solved on the CPU. None: in memory.
     """
+    weights, alive = (weights, alive) if offload is None else (weights.cpu(), alive.cpu())
     normed = bool(batch_norms(source.objective.module))
 
     def matrix(at: Tensor) -> tuple[Tensor, int]:
         source.at(at)
         if at is not weights:  # there the module's own statistics are right
             source.refit_batch_norm(SETTLE_SAMPLES)
-        return source.rows(rows, samples_per_row, dtype), source.samples
+        return source.rows(rows, samples_per_row, dtype, offload), source.samples
 
     def gradient(at: Tensor) -> tuple[float, Tensor]:
         source.at(at)
-        return source.mean(refit_samples, check=False, train_norms=normed)
+        value, slope = source.mean(refit_samples, check=False, train_norms=normed)
+        return value, slope.to(at.device)
 
     def loss(at: Tensor) -> float:
         source.at(at)
@@ -109,7 +115,7 @@ def prune_in_stages(
 
     def mean(at: Tensor) -> Tensor:
         source.at(at)
-        return source.mean(gradient_samples or 1)[1]
+        return source.mean(gradient_samples or 1)[1].to(at.device)
 
     count = settings.refit.count
     if count:
@@ -150,6 +156,8 @@ class CHITA(OneShotPruning):
             single weights; with several stages of schedule="mfac" this is M-FAC's pruning).
         block_size: weights in a block of "block", >= 1.
         grad_dtype: storage of the gradient matrix, "float32" or "bfloat16" (half the memory).
+        offload: folder for a scratch file that holds the gradient matrix where it is larger than memory; stages are
+            then solved on the CPU, a few columns at a time. None: it is held in memory.
         refits: steps along fresh gradients on the chosen supports, half of them after the last stage, >= 0; fewer where
             they would read the data more than ten times.
         refit_samples: samples in each of their gradients, >= 1.
@@ -179,6 +187,7 @@ class CHITA(OneShotPruning):
         algorithm: str = "bso",
         block_size: int = 500,
         grad_dtype: str = "float32",
+        offload: str | None = None,
         refits: int = 660,
         refit_samples: int = 128,
         refit_bn: bool = True,
@@ -200,6 +209,7 @@ class CHITA(OneShotPruning):
         self.algorithm = check_choice("algorithm", algorithm, ALGORITHMS)
         self.block_size = check_integer("block_size", block_size, 1)
         self.grad_dtype = check_choice("grad_dtype", grad_dtype, tuple(DTYPES))
+        self.offload = None if offload is None else check_folder("offload", offload)
         self.refits = check_integer("refits", refits, 0)
         self.refit_samples = check_integer("refit_samples", refit_samples, 1)
         self.settings = StageSettings(
@@ -223,7 +233,7 @@ class CHITA(OneShotPruning):
             progress(context, len(sparsities)) as advance,
         ):
             rows, samples = self._plan(source)
-            check_memory(rows, source.width, DTYPES[self.grad_dtype], source.device, self.algorithm == "block")
+            self._check_room(rows, source)
             flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
             alive = torch.cat([mask.flatten() for mask in context.alive.values()])
             fallbacks: list[float] = []
@@ -253,6 +263,13 @@ class CHITA(OneShotPruning):
             )
         return rows, samples
 
+    def _check_room(self, rows: int, source: GradientSource) -> None:
+        dtype = DTYPES[self.grad_dtype]
+        device = source.device if self.offload is None else torch.device("cpu")
+        if self.offload is not None:
+            check_disk(rows, source.width, dtype, check_folder("offload", self.offload))
+        check_memory(rows, source.width, dtype, device, self.algorithm == "block", self.offload is not None)
+
     def _solve(
         self,
         source: GradientSource,
@@ -267,12 +284,13 @@ class CHITA(OneShotPruning):
         plain = self.metric is None and batch_norms(source.objective.module)
         settings = replace(self.settings, metric=0.0) if plain else self.settings
         for stage in prune_in_stages(
-            source, flat, alive, sparsities, *plan, settings, dtype, self.gradient_samples, self.refit_samples
-        ):
+            source, flat, alive, sparsities, *plan, settings, dtype, self.gradient_samples, self.refit_samples,
+            self.offload,
+        ):  # fmt: skip
             advance()
             if math.isnan(stage.ridge):
                 fallbacks.append(float(int(stage.support.sum())))
-        return stage.weights, stage.support
+        return stage.weights.to(flat.device), stage.support.to(flat.device)
 
 
 def unflatten(
@@ -321,41 +339,3 @@ def check_whole_parameters(context: Context) -> None:
             "chita cannot score sharded parameters (FSDP). Prune before sharding with `prune(...)`, or use a magnitude "
             "method."
         )
-
-
-def check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device, in_blocks: bool = False) -> None:
-    """Raise ValueError if the gradient matrix and what the solver takes beside it would not fit into what is free.
-
-    Beside n p numbers: a quarter of them for vectors and working copies, and three n x n matrices of float64, which a
-    solve in blocks does without.
-
-    Args:
-        rows: n, >= 1.
-        columns: p, >= 1.
-        dtype: storage of the matrix.
-        device: where it will lie.
-        in_blocks: whether the solve goes block by block.
-    Raises:
-        ValueError: more is needed than is free.
-    """
-    needed = int(rows * columns * torch.empty((), dtype=dtype).element_size() * 1.25)
-    needed += 0 if in_blocks else 3 * 8 * rows**2
-    free = free_bytes(device)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"`num_grads`={rows} gradients of {columns} weights need about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free. Lower `num_grads`, use grad_dtype='bfloat16' (half as much) or "
-            "algorithm='block' (no matrix of `num_grads` x `num_grads`), or prune layers in turn with `include`."
-        )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes; None where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

@@ -27,9 +27,9 @@ from torch.nn import functional
 from lightning_prune import CHITA, prune
 from lightning_prune.methods._chita_problem import Quadratic, relative_ridge
 from lightning_prune.methods._chita_refit import RefitSettings
+from lightning_prune.methods._chita_room import free_bytes
 from lightning_prune.methods._chita_solver import solve_block
 from lightning_prune.methods._chita_stages import StageSettings, run_stage
-from lightning_prune.methods.chita import free_bytes
 from lightning_prune.objective import Objective, calibration_loader
 from lightning_prune.recipes.data import MNIST
 from lightning_prune.recipes.networks import mlpnet, resnet20

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import CHITA, MaskManager, prune
-from lightning_prune.methods import _chita_stages, chita
+from lightning_prune.methods import _chita_room, _chita_stages
 from lightning_prune.sandbox import rng_states
 
 pytestmark = QUIET
@@ -221,9 +221,10 @@ def test_a_matrix_larger_than_what_is_free_is_refused_before_any_work(
         calls.append(len(batch[0]))
         return entropy(module, batch)
 
-    monkeypatch.setattr(chita, "free_bytes", lambda device: 7000)
+    monkeypatch.setattr(_chita_room, "free_bytes", lambda device: 7000)
     message = (
-        r"8 gradients of 188 weights need about .* Lower `num_grads`, use grad_dtype='bfloat16' .*algorithm='block'"
+        r"8 gradients of 188 weights need about .* Lower `num_grads`, use grad_dtype='bfloat16' .*offload='FOLDER' .*"
+        "algorithm='block'"
     )
     refused(tiny, pruner(algorithm=algorithm), batches_with(loader), message, loss_fn=counted)
     assert len(calls) <= 1  # whether the loss of a part of a batch can be had
@@ -231,15 +232,15 @@ def test_a_matrix_larger_than_what_is_free_is_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("change", "free"),
-    [({}, 9056), ({"grad_dtype": "bfloat16"}, 5296), ({"algorithm": "block"}, 7520), ({"num_grads": 4}, 4144)],
+    [({}, 34_624), ({"grad_dtype": "bfloat16"}, 31_616), ({"algorithm": "block"}, 33_088), ({"num_grads": 4}, 30_464)],
 )
 def test_the_estimate_counts_rows_storage_and_the_square_matrices(
     change: dict[str, Any], free: int, tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 8 x 188 numbers of 4 bytes and a quarter more: 7,520; three 8 x 8 matrices of 8 bytes: 1,536
-    monkeypatch.setattr(chita, "free_bytes", lambda device: free - 1)
+    # 8 x 188 numbers of 4 bytes: 6,016; 36 vectors of 188: 27,072; three 8 x 8 matrices of 8 bytes: 1,536
+    monkeypatch.setattr(_chita_room, "free_bytes", lambda device: free - 1)
     refused(tiny, pruner(**change), batches_with(loader), "GiB are free")
-    monkeypatch.setattr(chita, "free_bytes", lambda device: free)
+    monkeypatch.setattr(_chita_room, "free_bytes", lambda device: free)
     prune(tiny, pruner(**change), batches_with(loader), entropy)
     assert MaskManager.of(tiny).counts() == (94, 188)
 
@@ -247,17 +248,17 @@ def test_the_estimate_counts_rows_storage_and_the_square_matrices(
 def test_the_estimate_counts_the_samples_there_are(
     tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 24 x 188 numbers and a quarter more: 22,560; three 24 x 24 matrices: 13,824
-    monkeypatch.setattr(chita, "free_bytes", lambda device: 22_560 + 13_824)
+    # 24 x 188 numbers and 36 vectors of 188: 45,120; three 24 x 24 matrices: 13,824
+    monkeypatch.setattr(_chita_room, "free_bytes", lambda device: 45_120 + 13_824)
     with pytest.warns(UserWarning, match="are more than the 24 calibration samples"):
         prune(tiny, pruner(num_grads=5000), batches_with(loader), entropy)
     assert MaskManager.of(tiny).counts() == (94, 188)
 
 
 def test_free_memory_is_known_on_this_machine_or_taken_as_enough() -> None:
-    free = chita.free_bytes(torch.device("cpu"))
+    free = _chita_room.free_bytes(torch.device("cpu"))
     assert free is None or free > 2**20
-    chita.check_memory(10, 10, torch.float32, torch.device("cpu"))
+    _chita_room.check_memory(10, 10, torch.float32, torch.device("cpu"))
 
 
 # sharded parameters
