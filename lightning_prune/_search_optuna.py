@@ -32,11 +32,11 @@ def study(evaluator: Evaluator) -> SearchResult:
     trials = check_integer("search.trials", int(evaluator.cfg.search.trials), 1)
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=int(evaluator.cfg.seed), n_startup_trials=4)
     kept = optuna.create_study(
-        direction="maximize", sampler=sampler, storage=_storage(optuna, evaluator.folder), study_name="search",
-        load_if_exists=True,
-    )  # fmt: skip
+        direction="maximize", storage=_storage(optuna, evaluator.folder), study_name="search", load_if_exists=True
+    )
+    # a study that goes on must not draw its first trials again, as a sampler with the same seed would
+    kept.sampler = optuna.samplers.TPESampler(seed=int(evaluator.cfg.seed) + len(kept.trials), n_startup_trials=4)
     done = [_point(evaluator, trial.params) for trial in kept.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
     points = done[:trials]
 

@@ -54,7 +54,7 @@ def markdown(facts: dict[str, Any], result: SearchResult) -> str:
     parts = ["# Search", verdict(facts, result), grid(header, rows, left=(1, 6))]
     parts.append(
         f"Accuracies in percent. Needed is the dense {100 * facts['dense_accuracy']:.2f} minus the drop allowed, "
-        f"{100 * facts['max_drop']:g}, plus {facts['margin']:g} standard errors of the accuracy measured on "
+        f"{100 * facts['max_drop']:g}, plus {facts['margin']:g} times the standard error of the accuracy measured on "
         f"{facts['samples'] or 'an unknown number of'} samples; on the test set the drop itself must hold too."
     )
     if 2 * facts["margin"] * standard_error(facts["dense_accuracy"], facts["samples"]) > facts["max_drop"]:
@@ -68,13 +68,11 @@ def markdown(facts: dict[str, Any], result: SearchResult) -> str:
 def verdict(facts: dict[str, Any], result: SearchResult) -> str:
     """Say what was found, and whether it was confirmed."""
     if result.best is None:
-        return (
-            f"No {facts['knob']} was measured whose accuracy stays within {100 * facts['max_drop']:g} points of dense."
-        )
+        return f"No {facts['knob']} was measured whose accuracy stays within {_points(facts)} of dense; the dense network stays."
     told = {True: "confirmed with another seed", None: "not confirmed with another seed"}[result.confirmed or None]
     superlative = "Lowest budget" if facts["knob"] == "budget" else "Highest sparsity"
     return (
-        f"{superlative} measured within {100 * facts['max_drop']:g} points of dense: {_value(result.best, facts)}, {told}, "
+        f"{superlative} measured within {_points(facts)} of dense: {_value(result.best, facts)}, {told}, "
         f"after {len(result.points)} evaluations."
     )
 
@@ -104,6 +102,11 @@ def png(facts: dict[str, Any], result: SearchResult) -> bytes | None:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+def _points(facts: dict[str, Any]) -> str:
+    drop = f"{100 * facts['max_drop']:g}"
+    return f"{drop} point{'' if drop == '1' else 's'}"
 
 
 def _value(point: Point, facts: dict[str, Any]) -> str:

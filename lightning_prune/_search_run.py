@@ -130,6 +130,9 @@ class Evaluator:
         cfg.seed = int(cfg.seed) + (_CONFIRMATION_SEED if role == "confirmation" else 0)
         if self.starts_trained:
             cfg.ckpt_path = self.dense
+        # of the settings of the search, a result depends on these alone
+        cfg.evaluation = {"split": self.split, "metric": str(cfg.search.metric)}
+        cfg.search.max_drop = None
         return cfg
 
     def _work(self, cfg: DictConfig, place: Path) -> None:
@@ -144,7 +147,7 @@ class Evaluator:
             held = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             held = {}
-        if held.get("checkpoint") != self.dense:
+        if (held.get("checkpoint"), held.get("split")) != (self.dense, self.split):
             held = self._score(self.cfg, place, Path(self.dense))
         return held
 
@@ -171,7 +174,10 @@ class Evaluator:
                 f"`{name}` must be a metric that the module logs on the {self.split} set, got "
                 f"{OmegaConf.select(cfg, name)!r}. Name one that `{self.split}`uation logs, or choose another `search.split`."
             )
-        held = {"accuracy": accuracy, "test_accuracy": test, "samples": _samples(loader), "checkpoint": str(checkpoint)}
+        held = {
+            "accuracy": accuracy, "test_accuracy": test, "samples": _samples(loader), "checkpoint": str(checkpoint),
+            "split": self.split,
+        }  # fmt: skip
         with replacing(place / SCORE_FILE) as temporary:
             temporary.write_text(json.dumps(held), encoding="utf-8")
         return held

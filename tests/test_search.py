@@ -157,6 +157,27 @@ def test_an_interrupted_search_goes_on_without_repeating(searched: Path, monkeyp
     assert after["points"] == before["points"]
 
 
+def test_another_drop_reads_what_was_measured(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads((searched / "search.json").read_text())
+    times = {path: path.stat().st_mtime_ns for path in searched.rglob("pruned.ckpt") if path.parent != searched}
+    run_search(
+        composed(searched, "search.max_drop=0.29", "search.max_evaluations=5", "search.max_sparsity=0.9"), searched
+    )
+    after = json.loads((searched / "search.json").read_text())
+    assert after["points"][0]["accuracy"] == before["points"][0]["accuracy"]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(after["points"]) <= 5
+
+
+def test_another_split_is_measured_anew(searched: Path) -> None:
+    settings = ["search.max_drop=0.3", "search.max_evaluations=1", "search.max_sparsity=0.9", "search.split=test"]
+    run_search(composed(searched, *settings), searched)
+    facts = json.loads((searched / "search.json").read_text())
+    assert (facts["split"], facts["samples"]) == ("test", 360)
+    assert facts["dense_accuracy"] == facts["dense_test_accuracy"]
+    assert facts["points"][0]["accuracy"] == facts["points"][0]["test_accuracy"]
+
+
 def test_a_failing_evaluation_is_infeasible_and_named(tmp_path: Path) -> None:
     cfg = composed(
         tmp_path,
@@ -210,3 +231,4 @@ def test_too_few_samples_are_said_to_be_too_few() -> None:
     result = SearchResult(best=None, confirmed=None)
     assert "20 samples cannot tell" in markdown(facts, result)
     assert "cannot tell" not in markdown({**facts, "samples": 10**6}, result)
+    assert "stays within 1 point of dense; the dense network stays" in markdown(facts, result)

@@ -65,6 +65,7 @@ def test_a_study_goes_on_and_returns_a_measured_point(tmp_path: Path, monkeypatc
     facts = json.loads((tmp_path / "search.json").read_text())
     searched = [held for held in facts["points"] if held["role"] == "search"]
     assert len(searched) == 2
+    assert searched[0]["settings"] != searched[1]["settings"]  # a study that goes on does not begin again
     assert 1 <= len(runs) <= 3  # one more trial, and confirmations
     assert all(0.05 <= held["settings"]["model.optimizer.lr"] <= 0.1 for held in searched)
     if facts["best"] is not None:
