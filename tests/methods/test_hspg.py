@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hspg_cases import FORMS, GROUPS, TARGETS, widths
 from integration.toys import (
     QUIET,
-    ResumableLoader,
     TwoOptimizers,
     fit,
     leaks,
     masks_of,
-    optimizers,
     same,
     sgd,
     toy,
@@ -24,8 +21,6 @@ from integration.toys import (
     toy_loss,
     weights_of,
 )
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -34,39 +29,6 @@ from lightning_prune.cost import CostModel
 from lightning_prune.dependency import channel_groups
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.* left no weight in")]
-GROUPS = 16  # four channels of the convolution, twelve hidden units
-TARGETS: dict[str, Any] = {
-    "hspg": lambda s, **more: HSPG(s, max_ratio=1.0, measure=False, **more),
-    "hesso": lambda s, **more: HESSO(s, measure=False, **more),
-    "dhspg": lambda s, **more: DHSPG(s, measure=False, **more),
-}
-FORMS: dict[str, Any] = {
-    **{name: lambda name=name, **more: TARGETS[name](0.5, **more) for name in TARGETS},
-    "budget": lambda **more: HSPG(budget=0.5, measure=False, **more),
-    "prox trial": lambda **more: HSPG(penalty="auto", switch=4, measure=False, **more),
-    "subgradient trial": lambda **more: HSPG(penalty="auto", switch=4, trial="subgradient", measure=False, **more),
-    "orthant": lambda **more: OBProxSGD("auto", prox_steps=2, measure=False, **more),
-    "orthant, cycles": lambda **more: OBProxSGD("auto", prox_steps=2, orthant_steps=2, measure=False, **more),
-}
-
-
-def widths(module: Any) -> tuple[int, int]:
-    """Channels and units that are not all zero in what makes them."""
-    makes = (module.conv.weight.flatten(1), module.hidden.weight)
-    conv, hidden = (int((weight.detach() != 0).any(1).sum()) for weight in makes)
-    return conv, hidden
-
-
-class Zeros(Callback):
-    """Keeps which weights are zero after every batch."""
-
-    def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.seen.append(torch.cat([p.detach().flatten() == 0 for p in pl_module.parameters()]))
-
-
 # exact targets
 
 
@@ -172,33 +134,6 @@ def test_with_a_strong_penalty_dhspg_cuts_nothing_at_the_end() -> None:
 # supports
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "orthant, cycles"])
-@pytest.mark.parametrize(
-    ("make", "settings"),
-    [
-        (sgd, {}),
-        (
-            lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
-            {"gradient_clip_val": 0.1},
-        ),
-        (optimizers["adamw"], {"accumulate_grad_batches": 2, "max_epochs": 4}),
-    ],
-    ids=["momentum", "nesterov-clipped", "adamw-accumulated"],
-)
-def test_after_the_switch_zeros_only_grow_and_after_the_end_they_stay(
-    form: str, make: Any, settings: dict[str, Any]
-) -> None:
-    module, zeros, callback = toy(make_optimizer=make), Zeros(), FORMS[form](end=8)
-    fit(module, callback, zeros, **settings)
-    per_step = settings.get("accumulate_grad_batches", 1)
-    seen = zeros.seen[5 * per_step :]
-    assert all(not (one & ~two).any() for one, two in pairwise(seen))
-    frozen = zeros.seen[8 * per_step :]
-    assert all(torch.equal(one, frozen[0]) for one in frozen)
-    assert int(frozen[0].sum()) > 0
-    assert leaks(module) == []
-
-
 def test_skipped_steps_of_the_scaler_only_delay_the_target() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=1000)
     module = toy()
@@ -215,23 +150,6 @@ def test_manual_optimization_of_two_optimizers(form: str) -> None:
     assert callback.finished
     if form != "prox trial":
         assert sum(widths(module)) == GROUPS // 2
-
-
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [*((form, "sgd") for form in FORMS), ("hspg", "adamw"), ("prox trial", "adamw"), ("orthant", "adamw")],
-)
-def test_resume_is_bitwise_in_every_phase(form: str, name: str, tmp_path: Path) -> None:
-    def run(**settings: Any) -> Any:
-        module = toy(make_optimizer=optimizers[name])
-        saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-        callback = FORMS[form](begin=1, end=8)
-        trainer = fit(module, callback, saver, loader=ResumableLoader(), enable_checkpointing=True, **settings)
-        return weights_of(module), masks_of(module), trainer.optimizers[0].state_dict()
-
-    whole = run()
-    for step in (2, 5, 8):
-        assert same(run(ckpt_path=tmp_path / f"step={step}.ckpt"), whole)
 
 
 # published penalty
