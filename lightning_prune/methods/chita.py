@@ -61,7 +61,8 @@ __all__ = ["CHITA", "check_memory", "prune_in_stages"]
 
 METRIC = 0.5  # of networks without BatchNorm
 RIDGES = (1e-4, 1e-3, 1e-2)
-HELD_SAMPLES = 256  # by which stages compare losses
+HELD_SAMPLES = 256  # by which stages compare losses, or by twice as many as the rows of a stage read
+LEAST_HELD = 64  # if that is fewer, but by so many at least
 SETTLE_SAMPLES = 256  # on which BatchNorm statistics are re-estimated before the rows of a stage
 PASSES = 10  # refits read the data at most so many times
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,9 +110,11 @@ def prune_in_stages(
         value, slope = source.mean(refit_samples, check=False, train_norms=normed)
         return value, slope.to(at.device)
 
+    held = min(HELD_SAMPLES, max(LEAST_HELD, 2 * rows * samples_per_row))
+
     def loss(at: Tensor) -> float:
         source.at(at)
-        return source.held_loss(HELD_SAMPLES, train_norms=normed)
+        return source.held_loss(held, train_norms=normed)
 
     def mean(at: Tensor) -> Tensor:
         source.at(at)

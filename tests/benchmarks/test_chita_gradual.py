@@ -2,7 +2,7 @@
 
 `LIGHTNING_PRUNE_DATA=... pytest -m benchmark -s tests/benchmarks/test_chita_gradual.py`
 
-ResNet-20 of width 8 on 5,000 pictures of Fashion-MNIST, averaged to 7 x 7 pixels. Per seed one dense network of 6
+ResNet-20 of width 8 on 5,000 pictures of Fashion-MNIST, averaged to 14 x 14 pixels. Per seed one dense network of 6
 epochs, from which every row starts; every row trains for 6 more epochs. An epoch is 50 steps of 50 pictures. Gradual rows
 prune after 0, 1, 2 and 3 epochs (poly from 0.5) under restarting cosines, one-shot rows before the first step under one
 cosine. Every result is a line of `chita_gradual.jsonl` in the folder LIGHTNING_PRUNE_RESULTS, where a second run finds
@@ -67,7 +67,7 @@ METHODS: dict[str, Any] = {
 def module(gradual: bool) -> LitClassifier:
     cosines = partial(restarting_cosine, restarts=PRUNINGS - 1, interval_fraction=1 / EPOCHS)
     return LitClassifier(
-        nn.Sequential(nn.AvgPool2d(4), resnet20(in_channels=1, width=8)),
+        nn.Sequential(nn.AvgPool2d(2), resnet20(in_channels=1, width=8)),
         optimizer=partial(torch.optim.SGD, lr=PEAK, momentum=0.9, weight_decay=5e-4),
         scheduler=cosines if gradual else partial(warmup_cosine, warmup_fraction=0.0),
         scheduler_interval="step",

@@ -1,6 +1,7 @@
 """CHITA on ResNet-20 (268,336 of its weights): seconds for gradients and solve, memory and accuracy, beside magnitude.
 
-`pytest -m benchmark -s tests/benchmarks/test_chita_resnet20.py` (needs LIGHTNING_PRUNE_DATA)
+`pytest -m benchmark -s tests/benchmarks/test_chita_resnet20.py` (needs LIGHTNING_PRUNE_DATA; LIGHTNING_PRUNE_ONLY=text
+measures the lines whose name has that text)
 
 The pictures are Fashion-MNIST, padded to 32 x 32 pixels in three channels; the network has seen them for 80 steps. What a
 gradient or a solve costs does not depend on the pictures; the accuracies are no claim about CIFAR-10.
@@ -43,6 +44,9 @@ METHODS: dict[str, Any] = {
     "one stage of 500 x 1, no refits": lambda s: chita(s, **ONE_STAGE),
     "one stage of 500 x 1, no refits, `iht`": lambda s: chita(s, algorithm="iht", **ONE_STAGE),
     "one stage of 64 x 1, no refits": lambda s: chita(s, stages=1, num_grads=64, refits=0, grad_batch=1),
+    "one stage of 16 x 1, 2 refits": lambda s: chita(
+        s, 4, stages=1, num_grads=16, refits=2, grad_batch=1, refit_samples=32
+    ),
     "one stage of 32 x 1, 3 refits": lambda s: chita(
         s, 4, stages=1, num_grads=32, refits=3, grad_batch=1, refit_samples=32
     ),
@@ -116,6 +120,8 @@ def test_seconds_memory_and_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for sparsity in (0.9,):
         for name, make in METHODS.items():
+            if os.environ.get("LIGHTNING_PRUNE_ONLY", "") not in name:
+                continue
             net, clock = copy.deepcopy(dense), Clock(monkeypatch)
             started = time.process_time()
             receipt = prune(net, make(sparsity), calibration_loader(train, SEED), loss)

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import CHITA, Magnitude, MaskManager, prune
 from lightning_prune.methods import _chita_stages, chita
-from lightning_prune.methods.chita import unflatten
+from lightning_prune.methods._chita_refit import RefitSettings
+from lightning_prune.methods._chita_stages import StageSettings
+from lightning_prune.methods.chita import prune_in_stages, unflatten
 from lightning_prune.objective import Objective
-from lightning_prune.sample_gradients import gradient_rows
+from lightning_prune.sample_gradients import GradientSource, gradient_rows
 
 pytestmark = QUIET
 SMALL: dict[str, Any] = {
@@ -153,6 +155,26 @@ def test_weights_keep_their_own_units_under_batch_norm(
 
 
 # when
+
+
+@pytest.mark.parametrize(("rows", "samples", "held"), [(8, 2, 64), (24, 2, 96), (64, 16, 256), (500, 8, 256)])
+def test_losses_are_compared_on_twice_what_the_rows_read_within_bounds(
+    rows: int, samples: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    plain = GradientSource.held_loss
+
+    def noting(self: GradientSource, count: int, train_norms: bool = False) -> float:
+        asked.append(count)
+        return plain(self, count, train_norms)
+
+    monkeypatch.setattr(GradientSource, "held_loss", noting)
+    moons = Moons(0)
+    settings = StageSettings((1e-3,), refit=RefitSettings(count=0))
+    with GradientSource(Objective(moons.net, lambda count: iter(moons.batches), moons.loss), ["2.weight"]) as source:
+        flat = moons.net[2].weight.detach().flatten()
+        list(prune_in_stages(source, flat, torch.ones(576, dtype=torch.bool), [0.5], rows, samples, settings))
+    assert set(asked) == {held}
 
 
 def test_at_the_end_the_fit_is_as_without_pruning(tiny_class: Any, loader: DataLoader) -> None:
