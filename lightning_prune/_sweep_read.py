@@ -37,8 +37,8 @@ class Run:
         label: the method and every setting in which its runs differ, seed and target aside.
         control: "shuffled", "magnitude", "random" or "dense" (at equal FLOPs) for a control of other runs; else empty.
         control_of: the label of the runs that this one is a control of; empty for a run of its own and for a shared control.
-        kind: "sparsity", or the cost that a budget was asked of.
-        asked: the sparsity, or the budget (fraction that may remain); None without a target.
+        kind: "sparsity", "channel sparsity", the cost that a budget was asked of, "penalty" or "epsilon".
+        asked: the sparsity, the budget (fraction that may remain), or the other number; None for "auto" and without any.
         seed: seed of the run.
         accuracy_dense, accuracy_pruned, accuracy_finetuned: test accuracy as fractions.
         sparsity, kept, total: over the selected weights.
@@ -172,8 +172,10 @@ def _target(receipt: Receipt) -> tuple[str, float | None]:
         return str(requested.get("budget_type")), float(requested["budget"])
     if requested.get("channel_sparsity") is not None:
         return "channel sparsity", float(requested["channel_sparsity"])
-    if isinstance(requested.get("penalty"), (int, float)):
-        return "penalty", float(requested["penalty"])
+    for name in ("penalty", "epsilon"):
+        if requested.get(name) is not None:
+            value = requested[name]
+            return name, float(value) if isinstance(value, (int, float)) else None  # None: "auto"
     asked = requested.get("sparsity")
     if asked is not None and receipt.arguments.get("structured") is True:
         return "channel sparsity", float(asked)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_prune._sweep_read import COLUMNS, FINISHED, Run, settings_of
+from lightning_prune.cost import KINDS
 
 NO_PICTURE = "No picture was drawn: matplotlib is not installed."
 _DASH = "\N{EN DASH}"
@@ -128,10 +129,11 @@ def markdown(runs: Sequence[Run], pictures: Sequence[str] = ()) -> str:
     """Return the whole page: what ran, accuracy with controls, costs, failures, pictures."""
     cells = cells_of(runs)
     parts = ["# Sweep", _summary(runs)]
-    kinds = dict.fromkeys(cell.kind for cell in cells if cell.asked is not None)
+    pruned = [cell for cell in cells if cell.asked is not None or cell.kind != "sparsity"]
+    kinds = dict.fromkeys(cell.kind for cell in pruned)
     for kind in kinds:
-        title = f"budget of {kind}" if kind in ("params", "flops", "volume", "channels") else f"{kind} asked"
-        mine = [cell for cell in cells if cell.kind == kind and cell.asked is not None]
+        title = f"budget of {kind}" if kind in KINDS else f"{kind} asked"
+        mine = [cell for cell in pruned if cell.kind == kind]
         parts += [f"## Test accuracy in percent by {title}", _accuracy_table(mine, cells)]
     parts += _reading(cells) if kinds else []
     if cells:
@@ -162,7 +164,7 @@ def _accuracy_table(cells: Sequence[Cell], everything: Sequence[Cell]) -> str:
         verdict = ", ".join(_short(label, cell) for label in not_beaten(cell, controls))
         rows.append(
             [
-                f"{cell.asked:g}",
+                "auto" if cell.asked is None else f"{cell.asked:g}",
                 cell.label,
                 str(len(cell.runs)),
                 _percent(cell, lambda run: run.accuracy_dense),

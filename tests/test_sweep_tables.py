@@ -79,6 +79,18 @@ def test_budgets_and_sparsities_have_tables_of_their_own() -> None:
     assert "by budget of flops" in page
 
 
+def test_a_penalty_chosen_by_the_method_has_a_row_too(tmp_path: Path) -> None:
+    for name, requested in (("prox_sgd", {"penalty": "auto"}), ("pfp", {"epsilon": 0.2})):
+        Receipt(method=name, requested=requested, reached=reached_counts({}), accuracy={"finetuned": 0.5}).save(
+            tmp_path / name, picture=False
+        )
+    page = markdown(collect(tmp_path))
+    assert "by penalty asked" in page
+    assert "| auto | prox_sgd | 1 |" in page
+    assert "by epsilon asked" in page
+    assert "| 0.2 | pfp | 1 |" in page
+
+
 def test_the_csv_has_a_row_per_run() -> None:
     lines = csv_text([run("chita", 0.8), run("random", 0.7)]).splitlines()
     assert len(lines) == 3
