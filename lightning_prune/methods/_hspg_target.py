@@ -172,7 +172,7 @@ class Removal:
             kept.update({name: mask.cpu() for name, mask in part.table.by_block(~(part.zero | out)).items()})
         channels = self.layout.channels
         last = over or self.period == len(self.ends) - 1
-        return Proposal(channels.masks(kept), notes=[*channels.notes(kept), *self.layout.notes()] if last else [])
+        return Proposal(channels.masks(kept), notes=[*self.layout.notes(kept)] if last else [])
 
     def committed(self, over: bool) -> bool:
         """Go on to the next period: what was leaving is gone. Returns whether that was the last."""

@@ -22,7 +22,8 @@ Slab = tuple[str, int]
 
 __all__ = ["Layout", "group_parts", "load_zeros", "made_slabs", "not_zero_invariant", "zeros_of"]
 
-_TOLERANCE = 1e-4  # of the loss, where zeroing what makes channels should equal zeroing what reads them
+_TOLERANCE = 1e-5  # of the loss, where zeroing what makes channels should equal zeroing what reads them
+_SHIFTS = (0.3, -0.3, 0.0)  # of running means: a norm without weight shows at 1, an activation unless a ReLU hides it
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Layout:
     parts: list[GroupPart]
     left_out: dict[str, str]
 
-    def notes(self) -> list[str]:
-        """Sentences for the receipt."""
-        return [f"The channels of {name} stay whole: {reason}." for name, reason in self.left_out.items()]
+    def notes(self, kept: Mapping[str, Tensor]) -> list[str]:
+        """Return sentences for the receipt; `kept` are bool masks of the groups that take part."""
+        left_out = [f"The channels of {name} stay whole: {reason}." for name, reason in self.left_out.items()]
+        return [*self.channels.notes({**self.channels.alive, **kept}), *left_out]
 
 
 def made_slabs(group: ChannelGroup, channels: Channels) -> list[Slab]:
@@ -90,10 +92,10 @@ def not_zero_invariant(context: Context, channels: Channels) -> dict[str, str]:
         batch = next(iter(context.objective.batches(1)))
     except (ValueError, StopIteration):
         return {}  # traced on an example alone
-    buffers = {
-        name: value + 0.3 if name.endswith("running_mean") else value.clone()
-        for name, value in buffers_of(context.module).items()
-    }
+    shifted = [
+        {n: b + shift if n.endswith("running_mean") else b for n, b in buffers_of(context.module).items()}
+        for shift in _SHIFTS
+    ]
     modes = {module: module.training for module in context.module.modules()}
     with context.objective.open() as step, torch.no_grad():
         parameters = {name: value.detach() for name, value in context.objective.parameters().items()}
@@ -101,8 +103,11 @@ def not_zero_invariant(context: Context, channels: Channels) -> dict[str, str]:
         def changes(groups: Sequence[ChannelGroup]) -> bool:
             made = _zeroed(parameters, groups, channels, consumers=False)
             both = _zeroed(made, groups, channels, consumers=True)
-            one, two = (evaluate(step, values, buffers, batch, check=False) for values in (made, both))
-            return bool((one - two).abs() > _TOLERANCE * one.abs().clamp_min(1e-3))
+            for buffers in shifted:
+                one, two = (evaluate(step, values, buffers, batch, check=False) for values in (made, both))
+                if bool((one - two).abs() > _TOLERANCE * one.abs().clamp_min(1e-3)):
+                    return True
+            return False
 
         try:
             context.module.eval()

@@ -263,7 +263,7 @@ class GroupPenalty(Penalty):
             stays = ~part.zero & part.nonzero() if self.value > 0.0 else ~part.zero
             kept.update({name: mask.cpu() for name, mask in part.table.by_block(stays).items()})
         channels = self.layout.channels
-        return Proposal(channels.masks(kept), notes=[*channels.notes(kept), *self.layout.notes()])
+        return Proposal(channels.masks(kept), notes=[*self.layout.notes(kept)])
 
     @override
     def state_dict(self) -> dict[str, Any]:
