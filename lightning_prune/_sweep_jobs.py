@@ -70,7 +70,9 @@ def run_job(cfg: DictConfig, folder: Path, sweep_folder: Path, overrides: Sequen
 
 def _run_control(control: Control, place: Path, sweep_folder: Path, overrides: Sequence[str], **facts: Any) -> None:
     def work() -> None:
-        pipeline.run(relocated(_started(control.cfg, sweep_folder), place), place)
+        # the smaller network is trained in its own place: `dense/` holds what jobs start from
+        cfg = control.cfg if control.name == "dense" else _started(control.cfg, sweep_folder)
+        pipeline.run(relocated(cfg, place), place)
 
     attempt(control.cfg, place, work, control=control.name, overrides=list(overrides), **facts)
 

@@ -214,6 +214,23 @@ def test_a_control_that_fails_is_named_and_tried_again(
     assert [name.rpartition("-")[0] for name in made_up] == ["random-0.9-seed0"]
 
 
+def test_the_smaller_network_is_trained_beside_its_job_and_not_among_the_dense_ones(tmp_path: Path) -> None:
+    quick = [
+        "data.subset=128", "dense.max_epochs=1", "trainer.max_epochs=1", "trainer.accelerator=cpu", "measure.seconds=0.02",
+        "trainer.enable_progress_bar=false", "callbacks.progress=null", "sweep.controls=[dense]",
+    ]  # fmt: skip
+    overrides = ["pruning=magnitude", "callbacks.pruning.sparsity=null", "callbacks.pruning.budget=0.5"]
+    cfg = _sweep_jobs.relocated(composed(*overrides, *quick), tmp_path / "job")
+    run_job(cfg, tmp_path / "job", tmp_path, overrides)
+    assert len(list((tmp_path / "dense").iterdir())) == 1
+    runs = {found.job: found for found in collect(tmp_path)}
+    assert {found.status for found in runs.values()} == {"finished"}
+    control = runs["job/control_dense"]
+    assert control.flops_pruned == runs["job"].flops_pruned
+    assert control.flops_dense == runs["job"].flops_dense
+    assert control.accuracy_finetuned is not None
+
+
 def test_the_sweep_s_own_runs_take_the_place_of_controls(tmp_path: Path, made_up: list[str]) -> None:
     written = {"hydra": {"overrides": {"task": ["pruning=snip,magnitude,random", SPARSITY]}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(written))
