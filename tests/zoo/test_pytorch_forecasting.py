@@ -63,7 +63,7 @@ def test_every_method_prunes_nbeats(spec: Spec, series: Any) -> None:
     train(module, series, callback, watch)
     assert watch.found == [] == leaks(module)
     assert watch.pruned_steps > 0
-    if "sparsity" in spec.arguments:
+    if spec.counts_weights:
         assert sum(int(mask.sum()) for mask in masks_of(module).values()) == target_kept(callback, module)
 
 
