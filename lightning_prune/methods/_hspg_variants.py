@@ -70,7 +70,7 @@ class StepRemoval(Removal):
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
-        self.seen = [torch.zeros(3, part.table.count, dtype=part.table.dtype) for part in self.parts]
+        self.seen = [torch.zeros(3, part.table.count).to(part.table.sizes) for part in self.parts]
 
     def measure(self, index: int, part: GroupPart, step: int) -> None:
         """Keep <x, d>, ||x|| and ||d|| of the step before a choice."""
@@ -82,23 +82,23 @@ class StepRemoval(Removal):
             part.table.dot(part.previous, part.previous).sqrt(),
             part.table.dot(direction, direction).sqrt(),
         ]
-        self.seen[index] = torch.stack(found).cpu()
+        self.seen[index] = torch.stack(found)
 
     def measured(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return <x, d>, ||x||, ||d|| and |g| of all groups; current norms and no step where none has been seen."""
-        products, sizes, steps = torch.cat(self.seen, dim=1)
+        products, sizes, steps = torch.cat([seen.cpu() for seen in self.seen], dim=1)
         if not bool(sizes.any()):
             sizes = torch.cat([part.norms().cpu() for part in self.parts])
         return products, sizes, steps, torch.cat([part.table.sizes.cpu() for part in self.parts])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {**super().state_dict(), "seen": [seen.clone() for seen in self.seen]}
+        return {**super().state_dict(), "seen": [seen.cpu().clone() for seen in self.seen]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
-        self.seen = list(state["seen"])
+        self.seen = [seen.to(part.table.device) for seen, part in zip(state["seen"], self.parts, strict=True)]
 
 
 class Hesso(StepRemoval):

@@ -187,3 +187,40 @@ def test_resume_is_bitwise_in_every_phase(form: str, name: str, tmp_path: Path) 
     whole = run()
     for step in (1, 2, 4, 5, 8, 10):
         assert same(run(ckpt_path=tmp_path / f"step={step}.ckpt"), whole), step
+
+
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_step_waits_for_the_device(form: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every number that is read back stops the queue; between events none is."""
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("a tensor was read back within a step")
+
+    callback = FORMS[form](begin=1, end=8)
+    make, acts = callback.make_engine, []
+
+    def guarded(*args: Any) -> Any:
+        engine = make(*args)
+        for hook in ("before", "after"):
+            wrap(engine, hook)
+        return engine
+
+    def wrap(engine: Any, hook: str) -> None:
+        act = getattr(engine, hook)
+
+        def watched(part: Any, step: int) -> None:
+            with monkeypatch.context() as patch:
+                for read in READS:
+                    patch.setattr(torch.Tensor, read, refuse)
+                act(part, step)
+            acts.append(hook)
+
+        setattr(engine, hook, watched)
+
+    callback.make_engine = guarded
+    fit(toy(make_optimizer=optimizers[name]), callback)
+    assert acts == ["before", "after"] * 8
