@@ -132,7 +132,8 @@ def tiny(words: list[str]) -> list[str]:
     search = ["search.max_evaluations=2"] if any(word.startswith("search.") for word in words) else []
     study = ["search.trials=1"] if any(word.startswith("search.knobs") for word in words) else []
     own = ["data.subset=null"] if any(word.startswith("experiment") for word in words) else []
-    return [*made, *TINY, *search, *study, *own]
+    place = next((index for index, word in enumerate(made) if word.startswith("--")), len(made))
+    return [*made[:place], *TINY, *search, *study, *own, *made[place:]]  # overrides stand together, options after them
 
 
 def runnable(written: list[list[str]]) -> list[list[str]]:
