@@ -123,11 +123,11 @@ def solve_system(problem: Quadratic, system: SupportSystem, ridges: Sequence[flo
         return problem.center.new_zeros(len(damping), problem.p)
     scale = torch.tensor(damping, dtype=torch.float64, device=problem.rows.device)
     invert = inverse(system, scale)
-    kept = system.support[:, None]
     rho = problem.forward(problem.center.masked_fill(system.support, 0.0))[:, None]
     move = (_dual if system.dual else _primal)(problem, system, rho, scale, invert)
-    weights = torch.where(kept, problem.center[:, None] + move, 0.0).T.contiguous()
-    if not torch.isfinite(weights).all():
+    weights = move.T.contiguous()  # in place from here on: for many weights these are the largest vectors
+    weights.add_(problem.center).masked_fill_(~system.support, 0.0)
+    if not all(bool(torch.isfinite(one).all()) for one in weights):
         raise ValueError(f"the weights solved with ridge {min(damping) / problem.n:.3g} are not finite. {ADVICE}")
     return weights
 
@@ -153,7 +153,7 @@ def _primal(problem: Quadratic, system: SupportSystem, rho: Tensor, damping: Ten
     if problem.linear is not None:
         target -= problem.linear[system.index, None]
     solved = invert(target.expand(-1, damping.numel()))
-    move = problem.center.new_zeros(problem.p, damping.numel())
+    move = problem.center.new_zeros(damping.numel(), problem.p).T
     move[system.index] = solved.to(problem.dtype)
     return move
 

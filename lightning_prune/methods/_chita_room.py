@@ -6,7 +6,7 @@ import torch
 
 from lightning_prune._scratch import free_disk
 
-_VECTORS = 36  # vectors of p numbers that a stage of several ridges and its refits hold at once, measured
+_VECTORS = 32  # vectors of p numbers that a stage of several ridges and its refits hold at once: measured 23 to 30
 _CHUNKS = 1 << 29  # bytes: columns and gradients on their way from and to a matrix in a file
 
 
@@ -20,7 +20,7 @@ def check_memory(
 ) -> None:
     """Raise ValueError if the gradient matrix and what the solver takes beside it would not fit into what is free.
 
-    Beside n p numbers: a quarter of them for working copies, or 36 vectors of p numbers if that is more, and three n x n
+    Beside n p numbers: a quarter of them for working copies, or 32 vectors of p numbers if that is more, and three n x n
     matrices of float64, which a solve in blocks does without. A matrix in a file takes no memory and no copy of a share
     of it, only chunks of a fixed size.
 

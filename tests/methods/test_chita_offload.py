@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error(tmp_path: Path, monkeypatch:
 
 def test_the_estimate_of_memory_leaves_out_a_matrix_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = 256, 25_000_000
-    size, vectors, squares = 4 * rows * columns, 36 * 4 * columns, 3 * 8 * rows**2
+    size, vectors, squares = 4 * rows * columns, 32 * 4 * columns, 3 * 8 * rows**2
     for offloaded, needed in ((False, size + size // 4 + squares), (True, vectors + 2**29 + squares)):
         monkeypatch.setattr(_chita_room, "free_bytes", lambda device, needed=needed: needed)
         _chita_room.check_memory(rows, columns, torch.float32, CPU, offloaded=offloaded)

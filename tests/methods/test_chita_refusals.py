@@ -232,12 +232,12 @@ def test_a_matrix_larger_than_what_is_free_is_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("change", "free"),
-    [({}, 34_624), ({"grad_dtype": "bfloat16"}, 31_616), ({"algorithm": "block"}, 33_088), ({"num_grads": 4}, 30_464)],
+    [({}, 31_616), ({"grad_dtype": "bfloat16"}, 28_608), ({"algorithm": "block"}, 30_080), ({"num_grads": 4}, 27_456)],
 )
 def test_the_estimate_counts_rows_storage_and_the_square_matrices(
     change: dict[str, Any], free: int, tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 8 x 188 numbers of 4 bytes: 6,016; 36 vectors of 188: 27,072; three 8 x 8 matrices of 8 bytes: 1,536
+    # 8 x 188 numbers of 4 bytes: 6,016; 32 vectors of 188: 24,064; three 8 x 8 matrices of 8 bytes: 1,536
     monkeypatch.setattr(_chita_room, "free_bytes", lambda device: free - 1)
     refused(tiny, pruner(**change), batches_with(loader), "GiB are free")
     monkeypatch.setattr(_chita_room, "free_bytes", lambda device: free)
@@ -248,8 +248,8 @@ def test_the_estimate_counts_rows_storage_and_the_square_matrices(
 def test_the_estimate_counts_the_samples_there_are(
     tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 24 x 188 numbers and 36 vectors of 188: 45,120; three 24 x 24 matrices: 13,824
-    monkeypatch.setattr(_chita_room, "free_bytes", lambda device: 45_120 + 13_824)
+    # 24 x 188 numbers and 32 vectors of 188: 42,112; three 24 x 24 matrices: 13,824
+    monkeypatch.setattr(_chita_room, "free_bytes", lambda device: 42_112 + 13_824)
     with pytest.warns(UserWarning, match="are more than the 24 calibration samples"):
         prune(tiny, pruner(num_grads=5000), batches_with(loader), entropy)
     assert MaskManager.of(tiny).counts() == (94, 188)
