@@ -24,7 +24,7 @@ Departures from the paper, each with its reason:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -231,16 +231,14 @@ class CHITA(OneShotPruning):
             return Proposal(dict(context.alive))
         check_whole_parameters(context)
         sparsities = self._sparsities(context)
-        with (
-            GradientSource(context.objective, list(context.weights)) as source,
-            progress(context, len(sparsities)) as advance,
-        ):
+        with GradientSource(context.objective, list(context.weights)) as source:
             rows, samples = self._plan(source)
             self._check_room(rows, source)
             flat = torch.cat([weight.flatten().float() for weight in context.weights.values()])
             alive = torch.cat([mask.flatten() for mask in context.alive.values()])
             fallbacks: list[float] = []
-            weights, support = self._solve(source, flat, alive, sparsities, (rows, samples), advance, fallbacks)
+            with progress(context, source, len(sparsities) * rows * samples + self.refits * self.refit_samples):
+                weights, support = self._solve(source, flat, alive, sparsities, (rows, samples), fallbacks)
         moved = float((weights - flat)[support].norm())
         masks, values = unflatten(context.weights, weights, support)
         return Proposal(masks, values, notes_of(source, len(sparsities), moved, len(fallbacks)))
@@ -280,7 +278,6 @@ class CHITA(OneShotPruning):
         alive: Tensor,
         sparsities: list[float],
         plan: tuple[int, int],
-        advance: Callable[[], None],
         fallbacks: list[float],
     ) -> tuple[Tensor, Tensor]:
         dtype = DTYPES[self.grad_dtype]
@@ -290,7 +287,6 @@ class CHITA(OneShotPruning):
             source, flat, alive, sparsities, *plan, settings, dtype, self.gradient_samples, self.refit_samples,
             self.offload,
         ):  # fmt: skip
-            advance()
             if math.isnan(stage.ridge):
                 fallbacks.append(float(int(stage.support.sum())))
         return stage.weights.to(flat.device), stage.support.to(flat.device)
@@ -324,14 +320,19 @@ def notes_of(source: GradientSource, stages: int, moved: float, fallbacks: int) 
 
 
 @contextmanager
-def progress(context: Context, stages: int) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after every stage; it moves a bar where bars are drawn and there are several stages."""
-    if not context.show_progress or stages == 1:
-        yield lambda: None
+def progress(context: Context, source: GradientSource, total: int) -> Iterator[None]:
+    """Show a bar of the samples read where bars are drawn; `total` is how many they are likely to be."""
+    if not context.show_progress:
+        yield
         return
+    objective, before = context.objective, context.objective.advance
     with Progress(transient=True) as bar:
-        task = bar.add_task("CHITA stages", total=stages)
-        yield lambda: bar.advance(task)
+        task = bar.add_task("CHITA, samples read", total=total)
+        objective.advance = lambda: bar.update(task, completed=min(source.samples_used, total))
+        try:
+            yield
+        finally:
+            objective.advance = before
 
 
 def check_whole_parameters(context: Context) -> None:

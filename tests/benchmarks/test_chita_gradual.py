@@ -61,6 +61,9 @@ METHODS: dict[str, Any] = {
     "magnitude, gradual": lambda s: Magnitude(at=pairs(s), measure=False, refit_bn=True, refit_bn_batches=10),
     "CHITA, one-shot": lambda s: CHITA(s, **FISHER),
     "CHITA, gradual": lambda s: CHITA(at=pairs(s), stages=1, first_order=False, **FISHER),
+    "CHITA, gradual, scores": lambda s: CHITA(
+        at=pairs(s), stages=1, first_order=False, algorithm="obs", metric=0.5, **FISHER
+    ),
 }
 
 

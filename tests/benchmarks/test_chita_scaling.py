@@ -4,13 +4,16 @@
 
 Real networks (random pictures: only the cost counts) show the seconds for gradients and solve; the accuracy of MLPNet is
 measured where LIGHTNING_PRUNE_DATA holds MNIST and its weights. Synthetic rows carry the solve on to 25 million weights.
-A line whose matrix would take more than LIGHTNING_PRUNE_MEMORY GiB (default: half of what is free) is left out.
+A line whose matrix would take more than LIGHTNING_PRUNE_MEMORY GiB (default: half of what is free) is left out. The largest
+case, 256 gradients of 25 million weights, is a test of its own (`-k 25_million`): in memory, and in a scratch file in the
+folder LIGHTNING_PRUNE_SCRATCH (default: pytest's own).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune import CHITA, prune
+from lightning_prune._scratch import empty_matrix, free_disk
 from lightning_prune.methods._chita_problem import Quadratic, relative_ridge
 from lightning_prune.methods._chita_refit import RefitSettings
 from lightning_prune.methods._chita_room import free_bytes
@@ -73,6 +77,26 @@ def forget_peak() -> int:
     except (OSError, AttributeError):  # the peak is then that of the whole process
         return 0
     return resident("VmRSS")
+
+
+class OwnMemory:
+    """Watches the most memory this process has for itself; pages of files, which the system may drop, do not count."""
+
+    def __init__(self) -> None:
+        self.most, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.most = max(self.most, resident("RssAnon"))
+
+    def __enter__(self) -> OwnMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -124,9 +148,9 @@ def gradient_maker(net: nn.Module, shape: tuple[int, ...], n: int) -> tuple[Call
     return make, weights, [net.get_parameter(name).numel() for name in names]
 
 
-def random_rows(n: int, p: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def random_rows(n: int, p: int, dtype: torch.dtype, folder: str | None = None) -> Callable[[], Tensor]:
     def make() -> Tensor:
-        rows = torch.empty(n, p, dtype=dtype)
+        rows = empty_matrix(n, p, dtype, CPU, folder)
         for row in rows:  # row by row: no float32 copy of a bfloat16 matrix
             row.copy_(torch.randn(p))
         return rows
@@ -172,6 +196,28 @@ def test_seconds_and_memory_are_linear_in_the_number_of_weights() -> None:
     Console(width=140).print(table)
     sizes_seen = sorted(costs)
     assert costs[sizes_seen[-1]] / costs[sizes_seen[0]] <= 3 * sizes_seen[-1] / sizes_seen[0]
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_25_million_weights_with_256_gradients_fit_in_16_gb(where: str, tmp_path: Path) -> None:
+    """One stage as by default (three ridges, with and without the first-order step), rows in bfloat16."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    n, p = 256, 25_000_000
+    folder = os.environ.get("LIGHTNING_PRUNE_SCRATCH", str(tmp_path)) if where == "file" else None
+    room = free_bytes(CPU) or 0 if folder is None else free_disk(folder)
+    if room < (17e9 if folder is None else 13e9):
+        pytest.skip(f"only {room / 1e9:.1f} GB are free")
+    weights, settings = torch.randn(p), StageSettings(refit=RefitSettings(count=0))
+    with OwnMemory() as memory:
+        rows, making = timed(random_rows(n, p, torch.bfloat16, folder))
+        stage, seconds = timed(lambda: run_stage(weights, p // 10, rows, 16, lambda at: 0.0, settings))
+    Console(width=140).print(
+        f"| 25,000,000 | 256 | bfloat16 | {where} | {making:.0f} s to draw | {seconds:.0f} s to solve | "
+        f"{n * p * 2 / 1e9:.1f} GB matrix | {memory.most / 1e9:.1f} GB of the process |"
+    )
+    assert int(stage.support.sum()) == p // 10
+    assert 0 < memory.most <= (16e9 if folder is None else 5e9)
 
 
 @pytest.mark.skipif(

@@ -258,14 +258,16 @@ def test_without_batch_norm_or_on_request_nothing_is_repaired(tiny: Any, loader:
     assert torch.equal(tiny.norm.running_mean, before)
 
 
-@pytest.mark.parametrize(("shown", "stages", "bars"), [(True, 3, 1), (True, 1, 0), (False, 3, 0)])
-def test_a_bar_is_drawn_where_there_are_several_stages(shown: bool, stages: int, bars: int, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("shown", "stages"), [(True, 3), (True, 1), (False, 3)])
+def test_a_bar_shows_the_samples_read(
+    shown: bool, stages: int, tiny: Any, loader: DataLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Any] = []
 
     class Bar:
         def __init__(self, **settings: Any) -> None:
             drawn.append(self)
-            self.done = 0
+            self.done: list[int] = []
 
         def __enter__(self) -> Bar:
             return self
@@ -277,13 +279,22 @@ def test_a_bar_is_drawn_where_there_are_several_stages(shown: bool, stages: int,
             self.total = total
             return 0
 
-        def advance(self, task: int) -> None:
-            self.done += 1
+        def update(self, task: int, completed: int) -> None:
+            self.done.append(completed)
 
     monkeypatch.setattr(chita, "Progress", Bar)
-    context: Any = type("Context", (), {"show_progress": shown})
-    with chita.progress(context, stages) as advance:
-        for _ in range(stages):
-            advance()
-    assert len(drawn) == bars
-    assert all((bar.total, bar.done) == (stages, stages) for bar in drawn)
+    honest, objectives = CHITA.propose, []
+
+    def proposing(self: CHITA, context: Any) -> Any:
+        objectives.append((context.objective, context.objective.advance))
+        return honest(self, replace(context, show_progress=shown))
+
+    monkeypatch.setattr(CHITA, "propose", proposing)
+    prune(tiny, CHITA(0.7, **{**SMALL, "stages": stages}), list(loader), entropy)
+    assert len(drawn) == shown
+    for bar in drawn:  # rows of 16 samples, and a refit of 8
+        assert bar.total == stages * 16 + 8
+        assert bar.done == sorted(bar.done)
+        assert 16 < bar.done[-1] <= bar.total
+        assert len(bar.done) > stages
+    assert all(objective.advance is advance for objective, advance in objectives)
