@@ -21,10 +21,45 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
 
 
+def _norms(module: nn.Module) -> dict[str, Any]:
+    return dict(named_batch_norms(module))
+
+
 def named_batch_norms(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of `batch_norms` by their path in the module."""
     ours = {id(norm) for norm in batch_norms(module)}  # not `in`: to compare two torchmetrics makes a new, true one
     return {path: child for path, child in module.named_modules() if id(child) in ours}
+
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+def statistics_of(module: nn.Module) -> Statistics:
+    """Return copies of the running mean and variance of every layer of `batch_norms`, by its path."""
+    return {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in _norms(module).items()}
+
+
+@torch.no_grad()
+def keep_function(module: nn.Module, old: Statistics, new: Statistics) -> None:
+    """Give BatchNorm layers new running statistics, and weights and biases under which they compute what they did.
+
+    With mean m and deviation s, weight * s_new / s_old and bias + weight_old (m_new - m_old) / s_old undo the change in eval
+    mode; in train mode a layer starts near its function of before if the new statistics are those of its inputs. Layers
+    without weight and bias get the new statistics alone.
+
+    Args:
+        module: holds the layers; changed in place.
+        old: the statistics under which the layers' function is kept; see `statistics_of`.
+        new: those they get, under the same paths.
+    """
+    for path, norm in _norms(module).items():
+        (mean, var), (new_mean, new_var) = old[path], new[path]
+        if norm.affine:
+            deviation = (var + norm.eps).sqrt()
+            norm.bias += norm.weight * (new_mean - mean) / deviation
+            norm.weight *= (new_var + norm.eps).sqrt() / deviation
+        norm.running_mean.copy_(new_mean)
+        norm.running_var.copy_(new_var)
 
 
 @contextmanager

@@ -196,3 +196,14 @@ def _detached(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(_detached(item) for item in value)
     return value
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what a gradient scaler has multiplied the loss by; 1.0 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def same_optimizer(one: Any, two: Any) -> bool:
+    """Whether two optimizers, or Lightning's wrappers of them, are the same."""
+    return getattr(one, "optimizer", one) is getattr(two, "optimizer", two)

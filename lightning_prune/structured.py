@@ -115,15 +115,19 @@ class StructuredOneShot(OneShotPruning):
         return refit_proposal(context, proposal) if self.refit_consumers else proposal
 
 
-def refit_proposal(context: Context, proposal: Proposal, samples: int = REFIT_SAMPLES) -> Proposal:
+def refit_proposal(
+    context: Context, proposal: Proposal, samples: int = REFIT_SAMPLES, teacher: nn.Module | None = None
+) -> Proposal:
     """Give a proposal the least-squares weights of the layers that read removed channels; the module is not changed.
 
     Every refit layer needs a mask in the proposal. Without calibration data the proposal says so and stays as it is.
 
     Args:
-        context: the pruning event; the module with its weights before it is the teacher.
+        context: the pruning event.
         proposal: masks of whole channels, and new weights if the method has any.
         samples: calibration samples to read, >= 2.
+        teacher: whose outputs the refit layers shall give again, of the module's names and shapes; None: the module as
+            it is before the event.
     Returns:
         The same proposal with `weights` and a sentence in `repairs`.
     """
@@ -132,7 +136,7 @@ def refit_proposal(context: Context, proposal: Proposal, samples: int = REFIT_SA
     except ValueError as error:
         proposal.notes.append(f"Consumers of removed channels were not refit: {error}")
         return proposal
-    with _twin(context.module) as pruned, _twin(context.module) as dense:
+    with _twin(context.module) as pruned, _twin(teacher or context.module) as dense:
         tensors = named_tensors(pruned)
         with torch.no_grad():
             for name, mask in proposal.masks.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batch_norm import refit_batch_norm
+from lightning_prune.batch_norm import keep_function, refit_batch_norm, statistics_of
 
 
 def net() -> nn.Sequential:
@@ -79,3 +79,28 @@ def test_ranks_share_their_statistics() -> None:
     refit_batch_norm(module, forward, [torch.randn(8, 3).double()], reduce=lambda value: torch.full_like(value, 7.0))
     assert bool((module[1].running_mean == 7).all())
     assert bool((module[1].running_var == 7).all())
+
+
+def test_new_statistics_leave_the_function_as_it_was_where_that_is_asked() -> None:
+    module = net().eval()
+    module[1].weight.data.uniform_(-2, 2)
+    module[1].weight.data[1] = 0.0  # a removed channel stays removed
+    module[1].bias.data[1] = 0.0
+    module[1].running_mean.normal_()
+    module[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(16, 3).double()
+    before, old = module(x), statistics_of(module)
+    refit_batch_norm(module, forward, [x, x + 1])
+    assert not torch.allclose(module(x), before)  # new statistics alone change it
+    new = statistics_of(module)
+    keep_function(module, old, new)
+    assert torch.allclose(module(x), before)
+    assert torch.equal(module[1].running_mean, new["1"][0])
+    assert module[1].weight[1] == module[1].bias[1] == 0
+
+
+def test_a_layer_without_weight_and_bias_gets_the_statistics_alone() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3, affine=False)).eval()
+    old, new = statistics_of(module), {"0": (torch.ones(3), torch.full((3,), 4.0))}
+    keep_function(module, old, new)
+    assert torch.allclose(module(torch.full((2, 3), 3.0)), torch.ones(2, 3))

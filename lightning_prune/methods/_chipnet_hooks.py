@@ -8,8 +8,8 @@ A unit's gate sits on the weights that read it, which is exact whatever lies bet
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -53,11 +53,12 @@ class _Frozen:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
+        self.frozen = True
         self.saved: list[list[tuple[nn.Module, bool]]] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Evaluate as in eval mode."""
-        norms = [module.get_submodule(path) for path in self.paths]
+        norms = [module.get_submodule(path) for path in self.paths] if self.frozen else []
         self.saved.append([(norm, norm.training) for norm in norms])
         for norm in norms:
             norm.training = False
@@ -85,6 +86,7 @@ class GatedReads:
             for slot, end in zip(slots, ends, strict=True)
         ]
         self._handles: list[Any] = []
+        self._frozen: list[_Frozen] = []
 
     @torch.no_grad()
     def set(self, z: Tensor) -> None:
@@ -124,14 +126,26 @@ class GatedReads:
                 hosts.setdefault(place[0], []).append(place[1])
         for host, paths in hosts.items():
             frozen = _Frozen(paths)
+            self._frozen.append(frozen)
             self._handles.append(host.register_forward_pre_hook(frozen.before))
             self._handles.append(host.register_forward_hook(frozen.after, always_call=True))
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Let frozen BatchNorm layers follow their own mode for a while, to measure their statistics."""
+        for frozen in self._frozen:
+            frozen.frozen = False
+        try:
+            yield
+        finally:
+            for frozen in self._frozen:
+                frozen.frozen = True
 
     def remove(self) -> None:
         """Take every hook off."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._frozen = [], []
 
 
 def _shape(slot: Slot, rank: int) -> list[int]:

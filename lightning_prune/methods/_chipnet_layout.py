@@ -220,6 +220,35 @@ def smallest_share(layout: Layout, kind: Kind, min_keep: float) -> float:
     return layout.hard_cost(stays, kind) / layout.costs.cost(kind)
 
 
+def uniform_width(layout: Layout, budget: float, kind: Kind) -> float:
+    """Return the part w of every unit at which a cost meets its budget: the network of uniform width that fits.
+
+    Args:
+        layout: the gates and their costs.
+        budget: fraction of the dense cost that may remain, in (0, 1].
+        kind: which cost.
+    Returns:
+        w in [0, 1], to 1e-6.
+    """
+    units = torch.ones(len(layout.group_of_unit), dtype=torch.float64)
+
+    def cost(width: float) -> float:
+        kept = layout.fixed.index_add(0, layout.group_of_unit, width * units)
+        return float(layout.costs.cost(kind, kept)) / layout.costs.cost(kind)
+
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return low
+
+
+def floor_within(layout: Layout, budget: float, kind: Kind) -> float:
+    """Return the default of `min_keep`: half of the uniform width, or 0 where that many protected gates cost too much."""
+    floor = uniform_width(layout, budget, kind) / 2
+    return floor if smallest_share(layout, kind, floor) <= budget else 0.0
+
+
 def harden(layout: Layout, psi: Tensor, budget: float, kind: Kind, min_keep: float = 0.0) -> Tensor:
     """Return which gates stay: as many of the largest psi as the budget allows.
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune._dependency.calls import copy_of
+from lightning_prune.batch_norm import Statistics, keep_function, statistics_of
 from lightning_prune.channels import Channels
 from lightning_prune.context import Context, Proposal
 from lightning_prune.masks import MaskManager, check_finite
 from lightning_prune.methods._chipnet_hooks import GatedReads, find_places, misread
-from lightning_prune.methods._chipnet_layout import Layout, build_layout, smallest_share, unreachable
+from lightning_prune.methods._chipnet_layout import (
+    Layout,
+    build_layout,
+    floor_within,
+    smallest_share,
+    unreachable,
+)
 from lightning_prune.methods._chipnet_stages import StageProbe, certificate_of, scaled_weights
 from lightning_prune.methods._chipnet_training import GateTraining, Plan, initial_psi
+from lightning_prune.structured import refit_proposal
 from lightning_prune.targets import named_tensors
 
 
@@ -39,9 +48,15 @@ class SoftPhase:
         """Return what the gates look like now, soft and hard."""
         return {**self.gates.describe(), **self.probe.losses(self.gates)}
 
-    def proposal(self, module: nn.Module, records: list[dict[str, Any]]) -> Proposal:
-        """Return the masks of the gates that do not fit into the budget, and the weights with the others folded in."""
-        hard = self.gates.hard()
+    def proposal(self, context: Context, records: list[dict[str, Any]], refit: bool) -> Proposal:
+        """Return the masks of the gates that do not fit into the budget, and the weights with the others folded in.
+
+        Args:
+            context: the pruning event.
+            records: what was kept of the stages.
+            refit: whether the layers that read removed channels are refit to the network with its soft gates.
+        """
+        module, hard = context.module, self.gates.hard()
         kept = self.gates.layout.kept(hard)
         masks = self.channels.masks(kept)
         parameters = named_tensors(module)
@@ -52,7 +67,24 @@ class SoftPhase:
             for name, weight in weights.items():
                 masks.setdefault(name, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
         notes = [*self.channels.notes(kept), *self.notes]
-        return Proposal(masks, weights, notes, certificate_of(self.gates, hard, records))
+        proposal = Proposal(masks, weights, notes, certificate_of(self.gates, hard, records))
+        # a network that went through the straight-through tail has learned without the removed channels
+        tail = self.gates.plan.hard_from < self.gates.plan.soft_steps
+        return self._refit(context, proposal) if refit and not tail else proposal
+
+    def _refit(self, context: Context, proposal: Proposal) -> Proposal:
+        """Refit what reads removed channels to the outputs of the soft network; both have their gates in the weights."""
+        reads = self.gates.reads
+        try:
+            reads.set(torch.ones_like(self.gates.psi))
+            teacher = copy_of(context.module)
+            tensors = named_tensors(teacher)
+            with torch.no_grad():
+                for name, value in scaled_weights(self.gates, tensors).items():
+                    tensors[name].copy_(value)
+            return refit_proposal(context, proposal, teacher=teacher)
+        finally:
+            self.gates.refresh()
 
     def close(self, module: nn.Module) -> Tensor:
         """Take the gates off a module whose weights have taken them over; averaged copies take them over too.
@@ -112,8 +144,10 @@ def open_gates(
         check_finite(name, weight)
     channels = Channels.of(context)
     layout, called, notes = _readable_layout(channels, coupling)
-    if plan.budget < smallest_share(layout, plan.kind, plan.min_keep) - 1e-12:
-        raise ValueError(unreachable(layout, plan.budget, plan.kind, plan.min_keep))
+    floor = floor_within(layout, plan.budget, plan.kind) if plan.min_keep is None else plan.min_keep
+    if plan.budget < smallest_share(layout, plan.kind, floor) - 1e-12:
+        raise ValueError(unreachable(layout, plan.budget, plan.kind, floor))
+    plan = replace(plan, min_keep=floor)
     parameters = named_tensors(module)
     ranks = {slot.name: parameters[slot.name].dim() for slot in layout.slots}
     device = parameters[layout.slots[0].name].device
@@ -148,3 +182,16 @@ def _readable_layout(channels: Channels, coupling: str) -> tuple[Layout, set[str
     if not layout.size:
         raise ValueError(f"there is no channel to gate in {', '.join(out[:5])}: {reason}. Use Magnitude(budget=...).")
     return layout, called, [f"{', '.join(out)} have no gates and stay whole: {reason}."]
+
+
+def keep_functions(module: nn.Module, old: Statistics) -> None:
+    """Let a module and its averaged copies compute with its new BatchNorm statistics what they did under their own.
+
+    Args:
+        module: its statistics are new.
+        old: those it had.
+    """
+    new = statistics_of(module)
+    keep_function(module, old, new)
+    for shadow in MaskManager.of(module).shadows():
+        keep_function(shadow, statistics_of(shadow), new)

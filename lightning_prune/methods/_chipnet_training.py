@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from lightning_prune.cost import Kind
 from lightning_prune.methods._chipnet_gates import (
@@ -39,7 +39,7 @@ class Plan:
         lr: AdamW's step size for psi, > 0.
         w_budget, w_crisp: weights of the two losses, >= 0.
         hard_from: step from which the forward pass is hard and the backward pass soft.
-        min_keep: fraction of every group that stays in any case, in [0, 1).
+        min_keep: fraction of every group that stays in any case, in [0, 1); None: see `floor_within`, until gates open.
         round_to: kept channels are rounded down to a multiple of this, >= 1.
         fold: hard gates keep their z; else they are 1.
     """
@@ -52,7 +52,7 @@ class Plan:
     w_budget: float
     w_crisp: float
     hard_from: int
-    min_keep: float
+    min_keep: float | None
     round_to: int
     fold: bool
 
@@ -89,7 +89,7 @@ class GateTraining:
     def hard(self) -> Tensor:
         """Return the gates that would stay if the soft phase ended now, bool of shape (gates,) on the CPU."""
         plan = self.plan
-        gates = harden(self.layout, self.psi, plan.budget, plan.kind, plan.min_keep)
+        gates = harden(self.layout, self.psi, plan.budget, plan.kind, plan.min_keep or 0.0)
         return gates if plan.round_to == 1 else rounded(self.layout, gates, self.psi, plan.round_to)
 
     def hard_values(self) -> Tensor:
@@ -177,3 +177,11 @@ class GateTraining:
 def initial_psi(gates: int, generator: torch.Generator) -> Tensor:
     """Return psi ~ U(0, 0.01), float32 of shape (gates,)."""
     return torch.rand(gates, generator=generator) * INITIAL_SPREAD
+
+
+def scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    """Multiply the gradients of an optimizer's parameters by a number, in place."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)

@@ -9,10 +9,12 @@ Loss + 30 (V - V_0)^2 + 10 mean (z - x)^2 is minimized over weights and gates wh
 Departures from the authors' program: gates sit on the weights that read a channel, one per unit of the dependency graph,
 so that removal is exact on any network (`coupling="per_layer"` has one per channel of every BatchNorm layer, as theirs);
 the soft and the hard budget are the same function, that of `cost.py`; psi travels 40 in the soft phase however short it is
-(theirs has a fixed step size, with which gates of a short phase all end on); BatchNorm statistics are measured under the
-first gates and then frozen while gates are soft (in train mode the next norm divides a gate out, so that gates near 0 stay
-functional until they are cut); a straight-through tail; the hard budget is met exactly, never exceeded, with `min_keep` of
-every group; kept gates are folded into the weights.
+(theirs has a fixed step size, with which gates of a short phase all end on). BatchNorm statistics are measured under the
+first gates and then frozen (in train mode the next norm divides a gate out, so that gates near 0 stay functional until they
+are cut), and weights move slowly meanwhile. Every group keeps half of the uniform width at least: gradients of single gates
+favour what hurts at once, and would leave hardly anything of some layers. When gates become hard, the kept ones are folded
+into the weights, what read removed channels is refit to the soft network by least squares, and new statistics leave the
+function as it is. The hard budget is met exactly, never exceeded.
 """
 
 from __future__ import annotations
@@ -28,23 +30,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.batch_norm import batch_norms
+from lightning_prune.batch_norm import batch_norms, statistics_of
 from lightning_prune.callback import PruningCallback
 from lightning_prune.checks import (
     check_bool,
     check_budget,
     check_choice,
-    check_fraction,
     check_integer,
     check_positive,
 )
 from lightning_prune.context import Context, Proposal
 from lightning_prune.cost import KINDS, Kind
-from lightning_prune.fit import log_event, mean_over_ranks, position_of
+from lightning_prune.fit import log_event, loss_scale, mean_over_ranks, position_of, same_optimizer
 from lightning_prune.methods._chipnet_arguments import (
-    COUPLINGS,
-    NORM_MODES,
+    check_chosen,
     check_length,
+    check_sum,
     check_weight,
     travel_warning,
     with_preset,
@@ -62,8 +63,8 @@ from lightning_prune.methods._chipnet_gates import (
     stage_of,
 )
 from lightning_prune.methods._chipnet_layout import harden
-from lightning_prune.methods._chipnet_session import SoftPhase, open_gates
-from lightning_prune.methods._chipnet_training import Plan
+from lightning_prune.methods._chipnet_session import SoftPhase, keep_functions, open_gates
+from lightning_prune.methods._chipnet_training import Plan, scale_gradients
 from lightning_prune.schedules import Position, check_bound
 
 __all__ = [
@@ -95,8 +96,11 @@ class ChipNet(PruningCallback):
         w_budget: weight of the budget loss, >= 0.
         w_crisp: weight of the crispness loss, >= 0.
         bn_soft: BatchNorm while gates are soft: "frozen" uses the running statistics, "train" those of the batch.
+        weight_rate: the gradients of the module's weights are multiplied by this while gates are soft, in [0, 1]: frozen
+            statistics do not bear the steps of a usual learning rate. SGD's steps shrink with it, Adam's do not.
         ste_last: last fraction of the soft phase in which the forward pass is hard, the backward pass soft, in [0, 1).
-        min_keep: fraction of every group that stays in any case, in [0, 1); one channel of each does at least.
+        min_keep: fraction of every group that stays in any case, in [0, 1); one channel of each does at least. None: half
+            of what a network of uniform width keeps within the budget.
         round_to: round kept channels down to a multiple of this (8 or 16 runs faster), >= 1.
         fold: multiply the gates that stay into the weights; else they jump to 1.
         coupling: "graph": one gate per unit, on the weights that read it; "per_layer": one per channel of every
@@ -105,6 +109,8 @@ class ChipNet(PruningCallback):
         hard_validation: validate with hard gates while they are soft, so that the monitored metric is the hard one.
         preset: "reference" takes the authors' settings for every argument that is left at its default.
         refit_bn: re-estimate BatchNorm statistics before they are frozen, and when the gates become hard.
+        refit_consumers: when they become hard, refit what reads removed channels to the soft network by least squares
+            (not after a straight-through tail, in which it has learned to do without them).
         **common: see `PruningCallback`.
     Raises:
         ValueError: an argument breaks its rule.
@@ -112,6 +118,16 @@ class ChipNet(PruningCallback):
 
     method: ClassVar[str] = "chipnet"
     shards: ClassVar[bool] = False
+
+    # what a preset may choose
+    coupling: str
+    bn_soft: str
+    weight_rate: float
+    ste_last: float
+    min_keep: float | None
+    fold: bool
+    gate_lr: float | None
+    refit_consumers: bool
 
     def __init__(
         self,
@@ -125,8 +141,9 @@ class ChipNet(PruningCallback):
         w_budget: float = 30.0,
         w_crisp: float = 10.0,
         bn_soft: str = "frozen",
-        ste_last: float = 0.2,
-        min_keep: float = 0.1,
+        weight_rate: float = 0.1,
+        ste_last: float = 0.0,
+        min_keep: float | None = None,
         round_to: int = 1,
         fold: bool = True,
         coupling: str = "graph",
@@ -134,36 +151,27 @@ class ChipNet(PruningCallback):
         hard_validation: bool = True,
         preset: str | None = None,
         refit_bn: bool = True,
+        refit_consumers: bool = True,
         **common: Any,
     ) -> None:
         given = {
             "coupling": coupling, "bn_soft": bn_soft, "ste_last": ste_last, "min_keep": min_keep, "fold": fold,
-            "gate_lr": gate_lr, "refit_bn": refit_bn,
+            "gate_lr": gate_lr, "refit_bn": refit_bn, "refit_consumers": refit_consumers, "weight_rate": weight_rate,
         }  # fmt: skip
         parameters = inspect.signature(ChipNet.__init__).parameters
         chosen = with_preset(preset, given, {name: parameters[name].default for name in given})
-        super().__init__(refit_bn=chosen["refit_bn"], **common)
+        super().__init__(refit_bn=chosen.pop("refit_bn"), **common)
+        vars(self).update(check_chosen(chosen, round_to))
         self.budget = check_budget("budget", budget)
         check_choice("budget_type", budget_type, KINDS)
         self.budget_type: Kind = budget_type
         self.prune_fraction = check_length("prune_fraction", prune_fraction)
         self.begin = check_bound("begin", begin)
-        if isinstance(self.begin, float) and isinstance(self.prune_fraction, float) and begin + prune_fraction > 1:
-            raise ValueError(
-                f"`begin` + `prune_fraction` must not exceed 1, got {begin} + {prune_fraction}. Lower one of them."
-            )
+        check_sum(self.begin, self.prune_fraction)
         self.stages = check_integer("stages", stages, 1)
         self.travel = check_positive("travel", travel)
-        self.gate_lr = None if chosen["gate_lr"] is None else check_positive("gate_lr", chosen["gate_lr"])
         self.w_budget, self.w_crisp = check_weight("w_budget", w_budget), check_weight("w_crisp", w_crisp)
-        self.bn_soft = check_choice("bn_soft", chosen["bn_soft"], NORM_MODES)
-        self.ste_last = check_fraction("ste_last", chosen["ste_last"])
-        self.min_keep = check_fraction("min_keep", chosen["min_keep"])
         self.round_to = check_integer("round_to", round_to, 1)
-        self.fold = check_bool("fold", chosen["fold"])
-        self.coupling = check_choice("coupling", chosen["coupling"], COUPLINGS)
-        if self.coupling == "per_layer" and self.round_to > 1:
-            raise ValueError(f"`round_to` must be 1 with coupling='per_layer', got {round_to}. Use coupling='graph'.")
         self.stage_batches = check_integer("stage_batches", stage_batches, 0)
         self.hard_validation = check_bool("hard_validation", hard_validation)
         self.preset = preset
@@ -256,12 +264,16 @@ class ChipNet(PruningCallback):
                 "ChipNet learns its gates in a fit, so it cannot prune at once. Give it to a Trainer, or use "
                 "Magnitude(budget=...)."
             )
-        return self._soft.proposal(context.module, self.stage_records)
+        return self._soft.proposal(context, self.stage_records, self.refit_consumers)
 
     @override
     def repair(self, context: Context, proposal: Proposal) -> None:
         self._close(context.module)
+        old = statistics_of(context.module)
         super().repair(context, proposal)
+        if self.bn_soft == "frozen":  # the network has learned under the old statistics
+            keep_functions(context.module, old)
+            proposal.repairs.append("the layers' weights moved with them, so that the function stayed")
 
     @override
     def mark_done(self, position: Position) -> None:
@@ -302,12 +314,13 @@ class ChipNet(PruningCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._soft is None:
             return
+        scale_gradients(optimizer, self.weight_rate)
         gates = self._soft.gates
         gradient = gates.reads.take_gradient(gates.layout.size)
         # the gates follow the loss of the first optimizer, once per step however often its closure runs
-        if _same_optimizer(optimizer, trainer.optimizers[0]) and trainer.global_step != self._stepped:
+        if same_optimizer(optimizer, trainer.optimizers[0]) and trainer.global_step != self._stepped:
             self._stepped = trainer.global_step
-            scale = _loss_scale(trainer)
+            scale = loss_scale(trainer)
             if not gates.update(mean_over_ranks(gradient / scale)) and scale == 1.0:
                 raise ValueError(
                     f"the gradient of the gates is not finite at step {trainer.global_step}: training diverges. Networks with "
@@ -381,23 +394,10 @@ class ChipNet(PruningCallback):
         if stage_of(step, gates.plan.soft_steps, self.stages) > gates.stage:
             record = self._soft.record()
             self.stage_records.append(record)
-            values = {
-                f"prune/{name}": float(value) for name, value in record.items() if isinstance(value, (int, float))
-            }
-            log_event(trainer, values)
+            log_event(trainer, {f"prune/{k}": float(v) for k, v in record.items() if isinstance(v, (int, float))})
         gates.go_to(step)
 
     def _close(self, module: nn.Module) -> None:
         if self._soft is not None:
             self.psi = self._soft.close(module)
             self._soft = None
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """What a gradient scaler has multiplied the loss by."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _same_optimizer(one: Any, two: Any) -> bool:
-    return getattr(one, "optimizer", one) is getattr(two, "optimizer", two)

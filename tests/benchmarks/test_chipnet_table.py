@@ -1,7 +1,10 @@
-"""ChipNet beside random and magnitude channels at equal FLOPs and equal fine-tuning, on MNIST and Fashion-MNIST.
+"""ChipNet beside random, magnitude and PFP's channels at equal FLOPs and equal training, on MNIST and Fashion-MNIST.
 
 `pytest -m benchmark -s tests/benchmarks/test_chipnet_table.py` (needs LIGHTNING_PRUNE_DATA); with LIGHTNING_PRUNE_ROWS set
-to a file, rows are kept there and a second run goes on where the first was stopped. LIGHTNING_PRUNE_BLOCKS=3: ResNet-20.
+to a file, rows are kept there and a second run goes on where the first was stopped. LIGHTNING_PRUNE_BLOCKS=1: ResNet-8.
+
+Every row starts from the dense network of its seed and takes as many optimizer steps: SOFT of AdamW, with gates for ChipNet
+and without for the others, which prune then; and TUNE of SGD under the masks.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_prune import ChipNet, Magnitude, MaskManager, RandomPruning, channel_groups
+from lightning_prune import ChipNet, Magnitude, MaskManager, ProvableFilterPruning, RandomPruning, channel_groups
 from lightning_prune.cost import CostModel
 from lightning_prune.recipes.classifier import LitClassifier
 from lightning_prune.recipes.data import MNIST, FashionMNIST
@@ -40,9 +43,10 @@ pytestmark = [
 ]
 DATA: dict[str, Callable[..., Any]] = {"MNIST": MNIST, "Fashion-MNIST": FashionMNIST}
 SEEDS, BUDGETS = (0, 1, 2), (0.5, 0.25, 0.1)
-SAMPLES, BATCH, DENSE, SOFT, TUNE, TEST = 8192, 32, 400, 300, 100, 4000
-BLOCKS = int(os.environ.get("LIGHTNING_PRUNE_BLOCKS", "1"))  # in each of three stages: 1 is ResNet-8, 3 is ResNet-20
-METHODS = ("ChipNet", "random", "magnitude")
+SAMPLES, BATCH, DENSE, SOFT, TUNE, TEST = 8192, 32, 400, 150, 250, 4000
+BLOCKS = int(os.environ.get("LIGHTNING_PRUNE_BLOCKS", "3"))  # in each of three stages: 1 is ResNet-8, 3 is ResNet-20
+CONTROLS: dict[str, Any] = {"random": RandomPruning, "magnitude": Magnitude, "PFP": ProvableFilterPruning}
+METHODS = ("ChipNet", *CONTROLS)
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -74,21 +78,33 @@ class Bench:
         images, labels = zip(*self.data.test_dataloader(), strict=True)
         self.images, self.labels = torch.cat(images)[:TEST], torch.cat(labels)[:TEST]
         self.costs = CostModel(channel_groups(LitClassifier(network(), num_classes=10), torch.zeros(2, 1, 28, 28)))
-        self.dense: dict[int, dict[str, Tensor]] = {}
         self.right: dict[int, float] = {}
 
     def module(self, seed: int) -> LitClassifier:
+        """The dense network of a seed."""
+        module = self._stored(f"{self.name}-{seed}", seed, None, lambda module: self.train(module, DENSE, seed))
+        self.right.setdefault(seed, self.accuracy(module))
+        return module
+
+    def ready(self, seed: int) -> LitClassifier:
+        """The dense network after as many more steps as ChipNet's soft phase has."""
+        return self._stored(
+            f"{self.name}-{seed}-ready",
+            seed,
+            self.module(seed),
+            lambda module: self.train(module, SOFT, seed, soft=True),
+        )
+
+    def _stored(self, name: str, seed: int, start: LitClassifier | None, train: Callable[[Any], None]) -> LitClassifier:
         torch.manual_seed(seed)
         module = LitClassifier(network(), scheduler_interval="step", num_classes=10, input_shape=(1, 28, 28))
-        if seed not in self.dense:
-            path = self.folder / f"{self.name}-{seed}.pt"
-            if not path.exists():
-                self.train(module, DENSE, seed)
-                torch.save(module.state_dict(), path)
-            self.dense[seed] = torch.load(path, weights_only=True)
-            module.load_state_dict(self.dense[seed])
-            self.right[seed] = self.accuracy(module)
-        module.load_state_dict(self.dense[seed])
+        path = self.folder / f"{name}-{BLOCKS}.pt"
+        if not path.exists():
+            if start is not None:
+                module.load_state_dict(start.state_dict())
+            train(module)
+            torch.save(module.state_dict(), path)
+        module.load_state_dict(torch.load(path, weights_only=True))
         return module
 
     def train(self, module: LitClassifier, steps: int, seed: int, *callbacks: Callback, soft: bool = False) -> None:
@@ -127,15 +143,14 @@ class AfterPruning(Callback):
 
 def run(bench: Bench, method: str, seed: int, budget: float) -> dict[str, float]:
     """Prune a dense network to a share of its FLOPs and fine-tune it; accuracies before and after."""
-    module, look = bench.module(seed), AfterPruning(bench)
-    common: dict[str, Any] = {"measure": False, "seed": seed, "refit_bn": True}
+    look, common = AfterPruning(bench), {"budget_type": "flops", "measure": False, "seed": seed, "refit_bn": True}
     callback: Any
     if method == "ChipNet":
+        module = bench.module(seed)
         callback = ChipNet(budget, prune_fraction=1.0, stage_batches=0, **common)
         bench.train(module, SOFT, seed, callback, soft=True)
     else:
-        kind = Magnitude if method == "magnitude" else RandomPruning
-        callback = kind(budget=budget, budget_type="flops", **common)
+        module, callback = bench.ready(seed), CONTROLS[method](budget=budget, **common)
     bench.train(module, TUNE, seed, callback, look)
     return {
         "dense": bench.right[seed],

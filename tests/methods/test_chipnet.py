@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import ChipNet, MaskManager, prune
 from lightning_prune.channels import Channels
@@ -216,10 +217,11 @@ def test_kept_gates_are_folded_so_that_only_removed_channels_change_the_function
                     found[name] = pl_module(images)
             pl_module.train()
 
-    module, callback = toy(), chipnet(refit_bn=False, ste_last=0.0)
-    first = Outputs()
-    fit(module, first, callback, Outputs())
-    torch.testing.assert_close(found["after"], found["before"], rtol=1e-4, atol=1e-5)
+    for refit_bn in (False, True):  # new statistics do not change it either
+        module, callback = toy(), chipnet(refit_bn=refit_bn, refit_consumers=False)
+        fit(module, Outputs(), callback, Outputs())
+        torch.testing.assert_close(found["after"], found["before"], rtol=1e-4, atol=1e-5)
+        assert bool(callback.receipt.repair) == refit_bn
 
 
 def test_without_folding_kept_weights_are_left_as_they_were() -> None:
@@ -231,7 +233,7 @@ def test_without_folding_kept_weights_are_left_as_they_were() -> None:
                 weights[f"{len(weights)}"] = weights_of(pl_module)
 
     module = toy()
-    fit(module, Keep(), chipnet(fold=False), Keep())
+    fit(module, Keep(), chipnet(fold=False, refit_bn=False, refit_consumers=False), Keep())
     for name, mask in masks_of(module).items():
         torch.testing.assert_close(weights["1"][name], weights["0"][name] * mask, rtol=0, atol=0)
 
@@ -242,6 +244,65 @@ def test_every_group_keeps_its_share() -> None:
     masks = masks_of(module)
     assert int(masks["conv.weight"].flatten(1).any(1).sum()) >= 2
     assert int(masks["hidden.weight"].any(1).sum()) >= 6
+
+
+def test_without_a_share_every_group_keeps_half_of_the_uniform_width() -> None:
+    module = toy()
+    fit(module, chipnet(0.5, budget_type="channels"))
+    masks = masks_of(module)
+    kept = [int(masks["conv.weight"].flatten(1).any(1).sum()), int(masks["hidden.weight"].any(1).sum())]
+    assert kept[0] >= 1  # a quarter of 4
+    assert kept[1] >= 3  # a quarter of 12
+    assert sum(kept) == 8
+
+
+def test_what_reads_removed_channels_is_refit_to_the_soft_network() -> None:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(512, 1, 6, 6, generator=generator)
+    many = DataLoader(TensorDataset(images, torch.zeros(512, dtype=torch.long)), batch_size=64)
+    outputs: dict[str, Tensor] = {}
+
+    class Look(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == SOFT:
+                pl_module.eval()
+                with torch.no_grad():
+                    outputs[self.name] = pl_module(images)
+                pl_module.train()
+
+    def pruned(name: str, **arguments: Any) -> ChipNet:
+        callback = chipnet(0.5, gate_lr=0.5, refit_bn=False, calibration_dataloader=many, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gates that cannot cross: they stay soft
+            fit(toy(), Look("soft"), callback, Look(name))
+        return callback
+
+    refit = pruned("refit")
+    assert refit.receipt.repair.startswith("2 consumers refit by least squares")
+    cut = pruned("cut", refit_consumers=False)
+    assert not cut.receipt.repair
+    errors = {name: float((outputs[name] - outputs["soft"]).square().sum()) for name in ("refit", "cut")}
+    assert errors["refit"] < errors["cut"]
+    tail = pruned("tail", ste_last=0.5)  # it has learned to do without them
+    assert not tail.receipt.repair
+
+
+def test_gradients_of_weights_are_scaled_while_gates_are_soft() -> None:
+    norms: dict[float, list[float]] = {}
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            norms[rate].append(float(pl_module.conv.weight.grad.norm()))
+
+    for rate in (1.0, 0.25, 0.0):
+        norms[rate] = []
+        fit(toy(), chipnet(weight_rate=rate), Look())
+    assert norms[0.25][0] == pytest.approx(0.25 * norms[1.0][0], rel=1e-5)
+    assert norms[0.0][:SOFT] == [0.0] * SOFT
+    assert min(norms[0.0][SOFT:]) > 0  # fine-tuning has them all
 
 
 def test_channels_pruned_before_count_as_gone() -> None:
@@ -612,6 +673,8 @@ def test_a_budget_outside_of_zero_to_one_is_refused(budget: Any) -> None:
         ({"w_budget": -1.0}, "`w_budget` must be a finite number >= 0"),
         ({"w_crisp": float("inf")}, "`w_crisp` must be a finite number >= 0"),
         ({"bn_soft": "eval"}, "`bn_soft` must be one of 'frozen', 'train'"),
+        ({"weight_rate": 1.5}, r"`weight_rate` must be a number in \[0, 1\], got 1.5"),
+        ({"refit_consumers": None}, "`refit_consumers` must be true or false"),
         ({"ste_last": 1.0}, r"`ste_last` must be in \[0, 1\)"),
         ({"min_keep": 1.0}, r"`min_keep` must be in \[0, 1\)"),
         ({"round_to": 0}, "`round_to` must be an integer >= 1"),

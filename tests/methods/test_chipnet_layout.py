@@ -15,7 +15,14 @@ from chipnet_nets import FAMILIES, channels_of, example, layout_of, random_gates
 from lightning_prune.cost import KINDS, Kind, units_within_budget
 from lightning_prune.masks import MaskManager
 from lightning_prune.measure import count_flops, count_parameters
-from lightning_prune.methods._chipnet_layout import build_layout, protected_gates, rounded
+from lightning_prune.methods._chipnet_layout import (
+    build_layout,
+    floor_within,
+    protected_gates,
+    rounded,
+    smallest_share,
+    uniform_width,
+)
 from lightning_prune.methods.chipnet import harden
 from lightning_prune.shrink import shrink
 
@@ -170,3 +177,22 @@ def test_gates_of_norms_scale_weight_and_bias_together(name: str) -> None:
     norms = [key for key in by_name if key.endswith(".bias")]
     assert norms
     assert all(torch.equal(by_name[key], by_name[key.removesuffix("bias") + "weight"]) for key in norms)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [0.1, 0.5, 0.9])
+def test_the_uniform_width_meets_the_budget(kind: Kind, budget: float) -> None:
+    layout = layout_of("residual")
+    width = uniform_width(layout, budget, kind)
+    share = layout.share(torch.full((layout.size,), width, dtype=torch.float64), kind)
+    assert float(share) == pytest.approx(budget, abs=1e-4) or (width < 1e-5 and float(share) > budget)
+
+
+def test_every_group_keeps_half_of_the_uniform_width_unless_that_costs_too_much() -> None:
+    layout = layout_of("residual")
+    assert floor_within(layout, 0.5, "channels") == pytest.approx(0.25, abs=1e-5)
+    floor = floor_within(layout, 0.5, "flops")
+    assert floor == pytest.approx(uniform_width(layout, 0.5, "flops") / 2)
+    least = smallest_share(layout, "flops", 0.0)
+    assert smallest_share(layout, "flops", uniform_width(layout, least, "flops") / 2) > least
+    assert floor_within(layout, least, "flops") == 0.0  # one channel of every group is all that fits
