@@ -227,8 +227,7 @@ class ChipNet(PruningCallback):
                 f"`begin` (step {begin}) lies before step {position.step}, at which this fit goes on from a checkpoint "
                 "that was not pruned. Load the weights without `ckpt_path` (a fit of its own), or choose a later `begin`."
             )
-        rate = self._rate(end - begin)
-        warning = travel_warning(end - begin, rate, self.travel, self.gate_lr is not None)
+        warning = travel_warning(end - begin, self._rate(end - begin), self.travel, self.gate_lr is not None)
         if warning and not resumed:
             rank_zero_warn(f"{self.method}: {warning}")
 
@@ -324,8 +323,8 @@ class ChipNet(PruningCallback):
             if not gates.update(mean_over_ranks(gradient / scale)) and scale == 1.0:
                 raise ValueError(
                     f"the gradient of the gates is not finite at step {trainer.global_step}: training diverges. Networks with "
-                    "frozen BatchNorm statistics need a learning rate for fine-tuning: lower it (0.01 for SGD, 0.001 for "
-                    "AdamW) or set bn_soft='train'."
+                    "frozen BatchNorm statistics do not bear large steps: lower `weight_rate` or the learning rate (0.001 "
+                    "for AdamW), or set bn_soft='train'."
                 )
 
     @override
@@ -372,11 +371,10 @@ class ChipNet(PruningCallback):
 
     def _open(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         begin, end = self._bounds or (0, 1)
-        context = self._context(trainer, pl_module, self.budget)
+        context, plan = self._context(trainer, pl_module, self.budget), self._plan(end - begin)
         if self.refit_bn and batch_norms(pl_module):
             context.objective.check_batches()
-        plan, frozen = self._plan(end - begin), self.bn_soft == "frozen"
-        settle = self.refit_bn_batches if self.refit_bn else 0
+        frozen, settle = self.bn_soft == "frozen", self.refit_bn_batches if self.refit_bn else 0
         self._soft = open_gates(context, plan, self.coupling, self.stage_batches, frozen, settle, step, self._loaded)
         self._loaded = None
 
@@ -392,8 +390,7 @@ class ChipNet(PruningCallback):
         assert self._soft is not None
         gates = self._soft.gates
         if stage_of(step, gates.plan.soft_steps, self.stages) > gates.stage:
-            record = self._soft.record()
-            self.stage_records.append(record)
+            self.stage_records.append(record := self._soft.record())
             log_event(trainer, {f"prune/{k}": float(v) for k, v in record.items() if isinstance(v, (int, float))})
         gates.go_to(step)
 
