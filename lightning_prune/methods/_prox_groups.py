@@ -63,6 +63,7 @@ class GroupTable:
         self.count = sum(units)
         self.block_of = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(units)).to(self.device)
         self._units = units
+        self._at: dict[int, Tensor | None] = {}
         self._slots, self._place = self._slots_of(units)
         dims = self._dims()
         self._dims_of = [dims.get(index, 0) for index in range(len(self.tensors))]
@@ -125,9 +126,12 @@ class GroupTable:
         for block, matrix in zip(self.blocks, matrices, strict=True):
             parts = matrix.split([self._width(piece) for piece in block.pieces], dim=1)
             for piece, part in zip(block.pieces, parts, strict=True):
-                target = self.tensors[piece.tensor].detach().movedim(piece.dim, 0)
-                rows = part.reshape(-1, *target.shape[1:]).to(target.dtype)
-                target.index_copy_(0, piece.positions.flatten().to(self.device), rows)
+                target, at = _front(self.tensors[piece.tensor].detach(), piece.dim), self._rows_of(piece)
+                rows = part.reshape(-1, *target.shape[1:])
+                if at is None:
+                    target.copy_(rows)
+                else:
+                    target.index_copy_(0, at, rows.to(target.dtype))
 
     def by_block(self, values: Tensor) -> dict[str, Tensor]:
         """Return a vector of shape (G,) cut into blocks, by name, each of shape (units,)."""
@@ -139,8 +143,16 @@ class GroupTable:
         return torch.cat([parts[block.name].to(self.device) for block in self.blocks])
 
     def _part(self, values: Sequence[Tensor], piece: Piece) -> Tensor:
-        rows = values[piece.tensor].movedim(piece.dim, 0)[piece.positions.flatten().to(self.device)]
-        return rows.reshape(len(piece.positions), -1).to(self.dtype)
+        rows, at = _front(values[piece.tensor], piece.dim), self._rows_of(piece)
+        return (rows if at is None else rows.index_select(0, at)).reshape(len(piece.positions), -1).to(self.dtype)
+
+    def _rows_of(self, piece: Piece) -> Tensor | None:
+        """Positions of a piece on the device; None: all of its tensor in order, which needs no gathering."""
+        if id(piece) not in self._at:
+            at, size = piece.positions.flatten(), self.tensors[piece.tensor].shape[piece.dim]
+            whole = torch.equal(at.cpu(), torch.arange(size))
+            self._at[id(piece)] = None if whole else at.to(self.device)
+        return self._at[id(piece)]
 
     def _width(self, piece: Piece) -> int:
         tensor = self.tensors[piece.tensor]
@@ -183,6 +195,10 @@ class GroupTable:
         for index, owner in enumerate(owners):
             found[index, owner] = True
         return found[:, : self.count].to(self.device)
+
+
+def _front(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.movedim(dim, 0) if dim else tensor
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -44,8 +44,9 @@ class Part:
         torch._foreach_copy_(self.previous, [tensor.detach() for tensor in self.tensors])
 
     def moved(self) -> tuple[bool, ...]:
-        """Whether each tensor had a gradient in this step."""
-        return tuple(tensor.grad is not None for tensor in self.tensors)
+        """Whether each tensor had a gradient, and a learning rate above 0, in this step."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return tuple(t.grad is not None and rates[at] > 0.0 for t, at in zip(self.tensors, self.group_of, strict=True))
 
     def rate(self, index: int) -> float:
         """Return the learning rate a of tensor `index`."""

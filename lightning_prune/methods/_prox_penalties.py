@@ -285,13 +285,16 @@ class GroupPenalty(Penalty):
         if active is not None:
             threshold = threshold * active
         metric = _metric_or_none(part)
-        if metric is None and len(set(lengths)) == 1:
-            norms, threshold = part.table.dot(part.tensors, part.tensors).sqrt_(), lengths[0] * threshold
+        even = len(set(lengths)) == 1
+        if even:  # a threshold t in the metric D / a is the threshold a t in the metric D
+            threshold = lengths[0] * threshold
+        if even and metric is None:
+            norms = part.table.dot(part.tensors, part.tensors).sqrt_()
             factors = shrink_factors(norms, _spared(part, norms, threshold))
             part.table.scale_(factors)
             return norms * factors
         matrices = part.table.matrices([tensor.detach() for tensor in part.tensors])
-        metrics = part.table.matrices(_over(part.tensors, metric, lengths))
+        metrics = part.table.matrices(metric if even and metric else _over(part.tensors, metric, lengths))
         if part.keep is not None:
             scaled = [_row_norms(metric * matrix) for metric, matrix in zip(metrics, matrices, strict=True)]
             threshold = _spared(part, torch.cat(scaled), threshold)
@@ -359,9 +362,9 @@ def _metric_or_none(part: Part) -> list[Tensor] | None:
 
 
 def _over(tensors: Sequence[Tensor], metric: Sequence[Tensor] | None, lengths: Sequence[float]) -> list[Tensor]:
-    """D_j / length_j of every tensor, of its shape."""
+    """D_j / length_j of every tensor, of its shape; D_j where the length is 0, as its groups are not active."""
     base = [torch.ones_like(tensor) for tensor in tensors] if metric is None else list(metric)
-    return list(torch._foreach_div(base, list(lengths)))
+    return list(torch._foreach_div(base, [length or 1.0 for length in lengths]))
 
 
 def _divided(threshold: float, metric: Sequence[Tensor]) -> list[Tensor]:

@@ -81,9 +81,8 @@ def metric_of(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[
         roots = torch._foreach_sqrt(moments)
     else:
         key = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-        corrections = torch._foreach_pow(float(group["betas"][1]), [state["step"].double() for state in states])
-        torch._foreach_neg_(corrections)
-        torch._foreach_add_(corrections, 1.0)
+        steps = torch.stack([state["step"] for state in states]).double()
+        corrections = (1.0 - float(group["betas"][1]) ** steps).unbind()
         roots = torch._foreach_div([state[key] for state in states], list(corrections))
         torch._foreach_sqrt_(roots)
     torch._foreach_add_(roots, float(group["eps"]))

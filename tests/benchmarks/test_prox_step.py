@@ -25,6 +25,7 @@ from lightning_prune.methods._hspg_variants import Dhspg, Hesso
 from lightning_prune.methods._prox_blocks import Layout, group_parts
 from lightning_prune.methods._prox_parts import tensor_parts
 from lightning_prune.methods._prox_penalties import GroupPenalty, L1Penalty
+from lightning_prune.methods._prox_weights import protect, weigh
 from lightning_prune.recipes.networks import resnet20
 from lightning_prune.targets import select
 
@@ -49,7 +50,10 @@ def engines(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     context = context_of(net)
 
     def layout() -> Layout:
-        return group_parts(context, [optimizer])
+        found = group_parts(context, [optimizer])
+        weigh(found, "sqrt_size")
+        protect(found, 0.9, 1)
+        return found
 
     def removal(kind: Any, **arguments: Any) -> Any:
         one = layout()
@@ -68,6 +72,7 @@ def engines(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         "OBProxSGD, orthant": L1Penalty(parts=parts, stage_at=lambda step: "projected", eps=0.0, **tiny),
         "ProxSGD, structured": GroupPenalty(layout(), stage_at=lambda step: "prox", **tiny),
         "HSPG, half-space": GroupPenalty(layout(), stage_at=lambda step: "projected", **tiny),
+        "HSPG, subgradient": GroupPenalty(layout(), trial="subgradient", stage_at=lambda step: "projected", **tiny),
         "HSPG, target": removal(TargetHalfSpace),
         "HESSO": removal(Hesso),
         "DHSPG": removal(Dhspg, penalty=1e-12, amplify=1.0, ceiling=1.0, eps=0.0, tolerance=0.05),

@@ -356,3 +356,22 @@ def test_a_channel_without_a_gradient_is_passed_over() -> None:
     weights.grad = torch.zeros(4)
     penalty.after(penalty.parts[0], 1)
     assert float(weights.detach().max()) < 1.0
+
+
+@pytest.mark.parametrize("make", [sgd, lambda p: torch.optim.Adam(p)])
+def test_a_channel_part_of_which_is_held_by_a_rate_of_zero_is_passed_over(make: Any) -> None:
+    from lightning_prune.methods._prox_groups import Block, GroupTable, Piece
+    from lightning_prune.methods._prox_parts import GroupPart
+    from lightning_prune.methods._prox_penalties import GroupPenalty
+
+    weight, bias = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
+    rows = torch.arange(3).view(3, 1)
+    table = GroupTable([Block("layer", 3, (Piece(0, 0, rows), Piece(1, 0, rows)))], [weight, bias])
+    optimizer = make([{"params": [weight], "lr": 0.1}, {"params": [bias], "lr": 0.0}])
+    penalty = GroupPenalty(parts=[GroupPart(optimizer, table)], stage_at=lambda step: "prox", asked=1.0)
+    weight.grad, bias.grad = torch.zeros(3, 4), torch.zeros(3)
+    if make is not sgd:  # whose decay would move them; Adam's metric has to be seen
+        optimizer.step()
+    penalty.after(penalty.parts[0], 0)
+    assert weight.tolist() == [[1.0] * 4] * 3
+    assert bias.tolist() == [1.0] * 3
