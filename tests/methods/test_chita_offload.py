@@ -22,7 +22,7 @@ from lightning_prune import CHITA, MaskManager, _scratch, prune
 from lightning_prune.methods import _chita_iht, _chita_room
 from lightning_prune.methods._chita_solver import solve_iht
 from lightning_prune.objective import Objective
-from lightning_prune.sample_gradients import gradient_rows
+from lightning_prune.sample_gradients import GradientSource, gradient_rows
 
 pytestmark = QUIET
 CPU = torch.device("cpu")
@@ -66,6 +66,20 @@ def test_rows_in_a_file_are_those_in_memory(way: str, tmp_path: Path) -> None:
     objective = Objective(net, lambda count: iter([batch]), entropy)
     names = ["0.weight", "2.weight"]
     rows = [gradient_rows(objective, names, 5, 2, way=way, offload=folder) for folder in (None, str(tmp_path))]
+    assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("way", ["outer", "vmap", "loop"])
+def test_rows_of_another_device_reach_the_file_by_a_copy(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    batch = torch.randn(12, 4), torch.randint(3, (12,))
+    rows = []
+    for device in (CPU, torch.device("cpu", 0)):  # the same one by a name that differs, as a GPU's would
+        objective = Objective(net, lambda count: iter([batch]), entropy)
+        with GradientSource(objective, ["0.weight", "2.weight"], way) as source:
+            source.device = device
+            rows.append(source.rows(5, 2, offload=str(tmp_path)))
     assert torch.equal(*rows)
 
 
