@@ -214,9 +214,7 @@ def _samples(loader: Any) -> int | None:
 def _finish(evaluator: Evaluator, result: SearchResult, folder: Path) -> float:
     _search_report.save(evaluator, result, folder)
     if result.best is None:
-        rank_zero_info(
-            f"Search: no point within a drop of {evaluator.max_drop:g} was measured; the dense network stays."
-        )
+        rank_zero_info("Search: the dense network stays.")
         return evaluator.dense_accuracy if evaluator.dense_test_accuracy is None else evaluator.dense_test_accuracy
     for name in _RESULT_FILES:
         source = folder / result.best.folder / name

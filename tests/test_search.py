@@ -231,4 +231,8 @@ def test_too_few_samples_are_said_to_be_too_few() -> None:
     result = SearchResult(best=None, confirmed=None)
     assert "20 samples cannot tell" in markdown(facts, result)
     assert "cannot tell" not in markdown({**facts, "samples": 10**6}, result)
-    assert "stays within 1 point of dense; the dense network stays" in markdown(facts, result)
+    assert "stays within 1 point of dense. The dense network stays." in markdown(facts, result)
+    point = Point(sparsity=0.5, accuracy=0.9, needed=0.89, feasible=True)
+    assert "of 1 that were feasible once, none was again" in markdown(
+        facts, SearchResult(best=None, confirmed=None, points=[point])
+    )
