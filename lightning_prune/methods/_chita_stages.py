@@ -215,7 +215,8 @@ def run_stage(
     step = 1.0 / check_integer("samples_per_row", samples_per_row, 1)
     scale = gradient_scale(rows, settings.metric)
     if scale is not None:
-        rows.div_(scale)
+        for row in rows:  # at once, rows in bfloat16 would be copied to float32 as a whole
+            row.div_(scale)
         mean_gradient = None if mean_gradient is None else mean_gradient / scale
     unit = float(squared_row_norms(rows).mean()) or 1.0
     center = weights if scale is None else weights * scale

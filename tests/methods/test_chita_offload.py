@@ -122,18 +122,22 @@ def only(more: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
-@pytest.mark.parametrize("algorithm", ["bso", "block"])
-def test_a_matrix_larger_than_memory_is_solved_from_its_file(algorithm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "n"), [("bso", "float32", 200), ("bso", "bfloat16", 600), ("block", "float32", 200)]
+)
+def test_a_matrix_larger_than_memory_is_solved_from_its_file(
+    algorithm: str, dtype: str, n: int, tmp_path: Path
+) -> None:
     def run(folder: str | None) -> tuple[int, int]:
         torch.manual_seed(0)
         net = nn.Linear(2000, 200)
-        batches = [(torch.randn(50, 2000), torch.randint(200, (50,))) for _ in range(4)]
-        few: dict[str, Any] = {"stages": 1, "ridge": 1e-3, "block_size": 100, "refits": 0}
-        pruned(net, batches, num_grads=200, grad_batch=1, algorithm=algorithm, offload=folder, **few)
+        batches = [(torch.randn(50, 2000), torch.randint(200, (50,))) for _ in range(n // 50)]
+        few: dict[str, Any] = {"stages": 1, "ridge": 1e-3, "block_size": 100, "refits": 0, "grad_dtype": dtype}
+        pruned(net, batches, num_grads=n, grad_batch=1, algorithm=algorithm, offload=folder, **few)
         return MaskManager.of(net).counts()
 
-    matrix = 200 * 400_000 * 4
-    with only(matrix // 2):
+    matrix = n * 400_000 * (4 if dtype == "float32" else 2)
+    with only(matrix * 2 // 3):
         try:
             torch.empty(matrix // 4)
         except RuntimeError:
