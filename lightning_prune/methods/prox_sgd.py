@@ -11,8 +11,8 @@ with a the learning rate and kappa, D the length and metric of the optimizer's s
 
 Departures from the paper: the threshold is matched to momentum and to Adam's metric (with plain a * penalty the fixed point
 solves another problem); groups are those of the dependency graph with the norms that follow, so that a zero group is a
-channel that can be removed; no layer loses all of them (behind a BatchNorm no gradient defends the scale of a whole layer); at
-`end` zeros become masks and the penalty is lifted, which takes its bias away.
+channel that can be removed; the largest channels of each layer, as many as must stay, see no penalty (behind a BatchNorm no
+gradient defends the scale of a whole layer); at `end` zeros become masks and the penalty is lifted, which takes its bias away.
 """
 
 from __future__ import annotations
