@@ -63,7 +63,7 @@ class GroupTable:
         self.count = sum(units)
         self.block_of = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(units)).to(self.device)
         self._units = units
-        self._at: dict[int, Tensor | None] = {}
+        self._at = {id(piece): self._gathered(piece) for block in self.blocks for piece in block.pieces}
         self._slots, self._place = self._slots_of(units)
         dims = self._dims()
         self._dims_of = [dims.get(index, 0) for index in range(len(self.tensors))]
@@ -126,7 +126,7 @@ class GroupTable:
         for block, matrix in zip(self.blocks, matrices, strict=True):
             parts = matrix.split([self._width(piece) for piece in block.pieces], dim=1)
             for piece, part in zip(block.pieces, parts, strict=True):
-                target, at = _front(self.tensors[piece.tensor].detach(), piece.dim), self._rows_of(piece)
+                target, at = _front(self.tensors[piece.tensor].detach(), piece.dim), self._at[id(piece)]
                 rows = part.reshape(-1, *target.shape[1:])
                 if at is None:
                     target.copy_(rows)
@@ -143,16 +143,13 @@ class GroupTable:
         return torch.cat([parts[block.name].to(self.device) for block in self.blocks])
 
     def _part(self, values: Sequence[Tensor], piece: Piece) -> Tensor:
-        rows, at = _front(values[piece.tensor], piece.dim), self._rows_of(piece)
+        rows, at = _front(values[piece.tensor], piece.dim), self._at[id(piece)]
         return (rows if at is None else rows.index_select(0, at)).reshape(len(piece.positions), -1).to(self.dtype)
 
-    def _rows_of(self, piece: Piece) -> Tensor | None:
+    def _gathered(self, piece: Piece) -> Tensor | None:
         """Positions of a piece on the device; None: all of its tensor in order, which needs no gathering."""
-        if id(piece) not in self._at:
-            at, size = piece.positions.flatten(), self.tensors[piece.tensor].shape[piece.dim]
-            whole = torch.equal(at.cpu(), torch.arange(size))
-            self._at[id(piece)] = None if whole else at.to(self.device)
-        return self._at[id(piece)]
+        at, size = piece.positions.flatten(), self.tensors[piece.tensor].shape[piece.dim]
+        return None if torch.equal(at.cpu(), torch.arange(size)) else at.to(self.device)
 
     def _width(self, piece: Piece) -> int:
         tensor = self.tensors[piece.tensor]

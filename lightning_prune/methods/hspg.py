@@ -13,9 +13,9 @@ With a sparsity or a budget, the same projection with an exact target (TargetHSP
 when they leave the half-space; no penalty has to be found.
 
 Departures from the papers: the trial is the prox matched to the optimizer's step (`trial="subgradient"` is the published one);
-penalty, momentum and Adam's metric as in Prox-SGD; groups are the channels of the dependency graph; the largest channels of each
-layer, as many as must stay, see no penalty; at `end` zeros become masks and the penalty is lifted. The target form is ours. It
-removes floor(sparsity * channels) channels, as all methods here count.
+penalty, momentum and Adam's metric as in Prox-SGD; groups are the channels of the dependency graph; the largest of each
+layer, as many as must stay, see no penalty; at `end` zeros become masks and the penalty is lifted. The target form is ours.
+It removes floor(sparsity * channels) channels, as all methods here count.
 """
 
 from __future__ import annotations
