@@ -23,6 +23,7 @@ _ASKED = (
     "prunes_trained",
 )  # told apart in columns of their own
 _QUIET = ("seed", "pruning", "ckpt_path", "resume")  # overrides that the receipt itself knows about
+_TOLD = ("callbacks.pruning.", "sweep.")  # likewise, by how they begin; and what changes no result
 
 
 @dataclass(kw_only=True)
@@ -246,7 +247,7 @@ def _label(run: Run, varying: Mapping[tuple[str, str], set[str]]) -> str:
 def settings_of(run: Run) -> dict[str, str]:
     """Overrides other than those of the method, which its receipt tells."""
     given = [item.lstrip("+").split("=", 1) for item in run.overrides.split() if "=" in item]
-    return {name: value for name, value in given if name not in _QUIET and not name.startswith("callbacks.pruning.")}
+    return {name: value for name, value in given if name not in _QUIET and not name.startswith(_TOLD)}
 
 
 def _overrides(path: Path) -> list[str]:

@@ -128,6 +128,8 @@ def tiny(words: list[str]) -> list[str]:
         key, _, value = word.partition("=")
         if "-m" in words and "," in value and not re.search(r"[\[{]", value):
             value = ",".join(value.split(",")[: 2 if key == "pruning" else 1])
+            if key.startswith("callbacks.pruning."):
+                value = f"choice({value})"  # still a sweep: Hydra tries what is not swept with the default method
         made.append(f"{key}={value}" if "=" in word else word)
     search = ["search.max_evaluations=2"] if any(word.startswith("search.") for word in words) else []
     study = ["search.trials=1"] if any(word.startswith("search.knobs") for word in words) else []

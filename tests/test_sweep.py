@@ -137,6 +137,7 @@ def test_a_second_sweep_skips_what_is_done_and_names_what_fails(swept: Path) -> 
         swept.parent,
         *GRID,
         "callbacks.pruning.sparsity=0.5,0.9,1.5",
+        "sweep.controls=[shuffled,random]",  # other controls, the same jobs
         "hydra/launcher=joblib",
         "hydra.launcher.n_jobs=2",
     )
