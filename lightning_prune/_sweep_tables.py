@@ -170,7 +170,7 @@ def _accuracy_table(cells: Sequence[Cell], everything: Sequence[Cell]) -> str:
                 _percent(cell, lambda run: run.accuracy_dense),
                 _percent(cell, lambda run: run.accuracy_pruned),
                 _percent(cell, accuracy_of),
-                *(_DASH if other is None else _percent(other, accuracy_of) for other in beside),
+                *(_DASH if other is None else _control(other, cell) for other in beside),
                 "(control)" if cell.runs[0].is_control else verdict,
             ]
         )
@@ -255,6 +255,12 @@ def _show(cell: Cell, quantity: Callable[[Run], float | None], form: str = ".4g"
     if mean is None:
         return _DASH
     return format(mean, form) + (f" ± {spread:{form if form != '.4g' else '.2g'}}" if spread else "")
+
+
+def _control(control: Cell, cell: Cell) -> str:
+    """The accuracy of a control; one that has fewer seeds than the method so far says how many."""
+    held, wanted = len(control.values(accuracy_of)), len(cell.values(accuracy_of))
+    return _percent(control, accuracy_of) + (f" ({held} of {wanted} seeds)" if held < wanted else "")
 
 
 def _short(label: str, cell: Cell) -> str:

@@ -68,6 +68,11 @@ def test_seeds_are_compared_with_themselves() -> None:
     assert not_beaten(cells[0], cells[1:]) == []
 
 
+def test_a_control_with_fewer_seeds_says_so() -> None:
+    runs = [run("chita", 0.8, 0), run("chita", 0.9, 1), shuffled(0.7, 0), run("random", 0.6, 0), run("random", 0.6, 1)]
+    assert "| 70.00 (1 of 2 seeds) | 60.00 |" in markdown(runs)
+
+
 def test_a_control_at_another_target_is_none() -> None:
     cells = cells_of([run("chita", 0.5, asked=0.9), run("random", 0.9, asked=0.5)])
     assert controls_of(next(cell for cell in cells if cell.label == "chita"), cells) == []
