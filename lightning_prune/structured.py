@@ -136,7 +136,7 @@ def refit_proposal(
     except ValueError as error:
         proposal.notes.append(f"Consumers of removed channels were not refit: {error}")
         return proposal
-    with _twin(context.module) as pruned, _twin(teacher or context.module) as dense:
+    with _twin(context.module, context.module) as pruned, _twin(teacher or context.module, context.module) as dense:
         tensors = named_tensors(pruned)
         with torch.no_grad():
             for name, mask in proposal.masks.items():
@@ -172,10 +172,10 @@ def _some_batches(context: Context, samples: int) -> list[Any]:
 
 
 @contextmanager
-def _twin(module: nn.Module) -> Iterator[nn.Module]:
-    """A copy that knows the Trainer of the original while it is used."""
+def _twin(module: nn.Module, original: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a module that knows the Trainer of the original while it is used; `module` may be a copy itself."""
     twin = copy_of(module)
-    held = module.__dict__.get("_trainer")
+    held = original.__dict__.get("_trainer")
     if held is not None:
         twin.__dict__["_trainer"] = held
     try:
